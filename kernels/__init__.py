@@ -1,0 +1,15 @@
+"""The operations that deserve a kernel, each in a file of its own beside its PyTorch definition.
+
+`name_reference` is the definition: the meaning, and what runs on a CPU. `name` is what the model calls. This floor
+imports torch alone; it is imported as `minidsv3.kernels`.
+"""
+
+from .cross_entropy import cross_entropy, cross_entropy_reference
+from .registry import OPERATIONS, Operation
+from .rms_norm import rms_norm, rms_norm_reference
+from .rope import rope, rope_reference
+from .route import Routing, route, route_reference
+from .swiglu import swiglu, swiglu_reference
+
+__all__ = ["OPERATIONS", "Operation", "Routing", "cross_entropy", "cross_entropy_reference", "rms_norm", "rms_norm_reference",
+           "rope", "rope_reference", "route", "route_reference", "swiglu", "swiglu_reference"]

@@ -139,6 +139,11 @@ class ModelConfig:
         """Whether `layer` has experts; MTP modules (layer >= num_hidden_layers) always do."""
         return layer >= self.first_k_dense_replace
 
+    @property
+    def moe_layers(self) -> int:
+        """How many layers have a router, MTP modules included."""
+        return self.num_hidden_layers - self.first_k_dense_replace + self.num_nextn_predict_layers
+
     # ---- presets and the hub ------------------------------------------------------------------------------------
 
     @classmethod

@@ -1,0 +1,167 @@
+"""Multi-head latent attention (report section 2.1.1, eqs. 1-11) and the latent cache.
+
+Keys and values of all heads are one low-rank product: c = W^DKV x is all that a token leaves behind, besides one
+rotary key that the heads share. Two ways to attend with it give the same numbers:
+
+    expanded   k = W^UK c, v = W^UV c for every token, then ordinary attention      (training, long prefill)
+    absorbed   (q W^UK) c  and  (p c) W^UV: the weights move to the query's side    (decoding: few queries, long cache)
+
+Rotation would stand between q and W^UK and forbid the second form; that is why position has channels of its own.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .kernels import rms_norm, rope
+from .rope import rope_table, softmax_scale
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; see `kernels/rms_norm.py`."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LatentCache:
+    """What decoding remembers: kv_lora_rank + qk_rope_head_dim values a token and layer (512 + 64 at full size).
+
+    `values` is [layers, batch, length, 576]; MTP modules have layers of their own after the main ones. Each row of the
+    batch has its own length: tokens are written after it, entries beyond it are never seen and later overwritten, so
+    setting `lengths` to less forgets tokens.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu"):
+        self.rank = config.kv_lora_rank
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        self.values = torch.zeros(layers, batch, length, self.rank + config.qk_rope_head_dim, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    @property
+    def latent(self) -> Tensor:
+        """c^KV after its norm, [layers, batch, length, kv_lora_rank]."""
+        return self.values[..., :self.rank]
+
+    @property
+    def rope_key(self) -> Tensor:
+        """k^R, rotated and not normed, [layers, batch, length, qk_rope_head_dim]."""
+        return self.values[..., self.rank:]
+
+    @property
+    def capacity(self) -> int:
+        return self.values.shape[2]
+
+
+class Context(NamedTuple):
+    """What the layers of one forward pass share."""
+
+    cos: Tensor                     # [B or 1, T, qk_rope_head_dim / 2]
+    sin: Tensor
+    cache: LatentCache | None = None
+    positions: Tensor | None = None   # [B, T], where the new tokens stand in the cache
+    visible: Tensor | None = None     # [B, 1, T, S] bool over the S cached tokens that any row can see
+
+
+def make_context(config: ModelConfig, shape: torch.Size, dtype: torch.dtype, device: torch.device,
+                 cache: LatentCache | None = None, start: Tensor | None = None) -> Context:
+    """The context of a pass over tokens of shape [B, T]: causal from position 0, or behind each row's cached tokens.
+
+    `start` [B] overrides where the rows begin in the cache. Raises ValueError if the cache is too short or of another batch.
+    """
+    batch, length = shape
+    steps = torch.arange(length, device=device)
+    if cache is None:
+        return Context(*rope_table(config, steps[None], dtype))
+    start = cache.lengths if start is None else start
+    if start.shape[0] != batch:
+        raise ValueError(f"the cache holds {start.shape[0]} rows and the tokens {batch}; they must agree")
+    end = int(start.max()) + length
+    if end > cache.capacity:
+        raise ValueError(f"{end} tokens do not fit into a cache of {cache.capacity}; make it longer or the prompt shorter")
+    positions = start[:, None] + steps
+    visible = torch.arange(end, device=device) <= positions[:, None, :, None]
+    return Context(*rope_table(config, positions, dtype), cache, positions, visible)
+
+
+class MLA(nn.Module):
+    """Latent attention of one layer: x [B, T, hidden] -> [B, T, hidden]. `layer` is its place in the cache."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer, self.scale = config, layer, softmax_scale(config)
+        d, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)                                  # W^DQ
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)         # W^UQ, W^QR a head
+        self.kv_a_proj_with_mqa = nn.Linear(d, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)  # W^DKV, W^KR
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, d, bias=False)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        query = self.query(x, context)
+        cached = self.compress(x, context)
+        if context.cache is not None:
+            rows = torch.arange(x.shape[0], device=x.device)[:, None]
+            values = context.cache.values[self.layer]
+            values[rows, context.positions] = cached.to(values.dtype)
+            cached = values[:, :context.visible.shape[-1]]
+        attend = self.absorbed if self.absorbing_is_cheaper(query.shape[1], cached.shape[1]) else self.expanded
+        return self.o_proj(attend(query, cached, context.visible).flatten(-2))
+
+    def query(self, x: Tensor, context: Context) -> Tensor:
+        """q of all heads [B, T, heads, 128 + 64], its last 64 channels rotated (eqs. 6-9)."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (self.config.num_attention_heads, -1))
+        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
+        return torch.cat((q_nope, rope(q_rope, context.cos, context.sin)), -1)
+
+    def compress(self, x: Tensor, context: Context) -> Tensor:
+        """What the cache holds [B, T, 512 + 64]: the normed latent (eq. 1) and the rotated shared key (eq. 3)."""
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        k_rope = rope(k_rope.unsqueeze(2), context.cos, context.sin).squeeze(2)
+        return torch.cat((self.kv_a_layernorm(latent), k_rope), -1)
+
+    def expanded(self, query: Tensor, cached: Tensor, visible: Tensor | None) -> Tensor:
+        """Attention with a key and a value a head, from cached [B, S, 576]; returns [B, T, heads, v_head_dim]."""
+        c, (latent, k_rope) = self.config, cached.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))
+        k_nope, value = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        key = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)), -1)
+        out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+                                             attn_mask=visible, is_causal=visible is None, scale=self.scale)
+        return out.transpose(1, 2)
+
+    def absorbed(self, query: Tensor, cached: Tensor, visible: Tensor | None) -> Tensor:
+        """The same numbers without any key or value a head: all heads read the cache itself."""
+        c, (batch, length, heads, _) = self.config, query.shape
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        q_latent = (q_nope.flatten(0, 1).transpose(0, 1) @ w_uk).transpose(0, 1).unflatten(0, (batch, length))
+        reading = torch.cat((q_latent, q_rope), -1).flatten(1, 2)                              # [B, T * heads, 576]
+        logits = (reading @ cached.transpose(1, 2)).unflatten(1, (length, heads)) * self.scale  # [B, T, heads, S]
+        if visible is None:
+            visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+        logits = logits.masked_fill(~visible.transpose(1, 2), float("-inf"))
+        p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(cached.dtype)
+        read = p.flatten(1, 2) @ cached[..., :c.kv_lora_rank]                                  # [B, T * heads, 512]
+        read = read.unflatten(1, (length, heads)).flatten(0, 1).transpose(0, 1)                # [heads, B * T, 512]
+        return (read @ w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, (batch, length))
+
+    def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
+        """Counts multiplications a head: expanding costs keys * r(d_k + d_v) once, absorbing that much for each query,
+        and then 2r instead of d_k + d_v for each pair of query and key (the rotary part is the same in both)."""
+        c = self.config
+        both = c.qk_nope_head_dim + c.v_head_dim
+        expanded = keys * c.kv_lora_rank * both + queries * keys * both
+        absorbed = queries * c.kv_lora_rank * both + queries * keys * 2 * c.kv_lora_rank
+        return absorbed < expanded

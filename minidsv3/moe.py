@@ -1,0 +1,114 @@
+"""DeepSeekMoE: many small experts, a few of them chosen for each token, one shared by all (report section 2.1.2, eq. 12).
+
+No token is ever dropped. Tokens are sorted by expert, each expert multiplies its own rows (a grouped matmul), and the
+results return to their tokens with the router's weights. `Experts.loop` says the same one expert at a time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .kernels import Routing, route, swiglu
+
+
+class MLP(nn.Module):
+    """A SwiGLU FFN: the dense layers' and, with width n_shared * moe_intermediate_size, the shared expert's."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, width, bias=False)
+        self.up_proj = nn.Linear(dim, width, bias=False)
+        self.down_proj = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Router(nn.Module):
+    """Affinities and choice, in at least FP32 whatever the model's dtype: bf16 logits choose other experts (13 % of tokens)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))   # rows e_i
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))  # b_i: moved by balance.py
+
+    def forward(self, x: Tensor) -> Routing:
+        """x [N, hidden] -> `Routing`."""
+        c, wide = self.config, torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(wide), self.weight.to(wide))
+            return route(logits, self.e_score_correction_bias, n_group=c.n_group, topk_group=c.topk_group,
+                         top_k=c.num_experts_per_tok, normalise=c.norm_topk_prob, scaling_factor=c.routed_scaling_factor)
+
+    def _apply(self, fn, recurse=True):
+        """`model.to(bfloat16)` leaves the bias in FP32: steps of 0.001 would vanish beside a bias of 2."""
+        exact = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if torch.promote_types(moved.dtype, torch.float32) != moved.dtype:
+            self.e_score_correction_bias = exact.to(moved.device)
+        return self
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer in two tensors, saved under the hub's names one by one (checkpoint.py)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        experts, dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, dim))   # gate's rows, then up's
+        self.down_proj = nn.Parameter(torch.empty(experts, dim, width))
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """x [N, hidden] -> sum over the chosen experts of weight * expert(x), [N, hidden]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self.grouped(x, routing) if has_grouped_mm(x) else self.loop(x, routing)
+
+    def loop(self, x: Tensor, routing: Routing) -> Tensor:
+        """The definition: one expert at a time takes the tokens that chose it."""
+        out = torch.zeros(x.shape, dtype=routing.weights.dtype, device=x.device)
+        for expert in range(self.gate_up_proj.shape[0]):
+            token, slot = (routing.experts == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(x[token], self.gate_up_proj[expert].to(x.dtype)).chunk(2, -1)
+            y = F.linear(swiglu(gate, up), self.down_proj[expert].to(x.dtype))
+            out = out.index_add(0, token, y * routing.weights[token, slot, None])
+        return out.to(x.dtype)
+
+    def grouped(self, x: Tensor, routing: Routing) -> Tensor:
+        """The same with one grouped matmul for all experts: rows sorted by expert, `ends` says where each one's rows end."""
+        chosen = routing.experts.shape[1]
+        order = routing.experts.flatten().argsort(stable=True)
+        ends = routing.load.cumsum(0).to(torch.int32)
+        rows = x[order // chosen]
+        gate, up = F.grouped_mm(rows, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, -1)
+        y = F.grouped_mm(swiglu(gate, up), self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
+        y = torch.empty_like(y).index_copy(0, order, y).unflatten(0, (-1, chosen))   # back to [N, k, hidden]
+        return (y * routing.weights[..., None]).sum(1).to(x.dtype)
+
+
+def has_grouped_mm(x: Tensor) -> bool:
+    """Whether torch has a grouped matmul for x: not in float64, and rows must be multiples of 16 bytes."""
+    return x.dtype in (torch.float32, torch.bfloat16) if x.device.type == "cpu" else x.dtype is torch.bfloat16
+
+
+class MoE(nn.Module):
+    """Router, routed experts and the shared expert, which no gate weighs and no factor scales."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared) if shared else None
+
+    def forward(self, x: Tensor, record: list[Routing] | None = None) -> Tensor:
+        """x [B, T, hidden] -> the same shape; appends this layer's `Routing` to `record` if a list is given."""
+        flat = x.flatten(0, 1)
+        routing = self.gate(flat)
+        if record is not None:
+            record.append(routing)
+        out = self.experts(flat, routing).view_as(x)
+        return out if self.shared_experts is None else out + self.shared_experts(x)
