@@ -1,0 +1,1 @@
+"""What the notebooks share: checks, predictions and exercises."""
