@@ -1,8 +1,8 @@
 """What a model costs, counted from its `ModelConfig` alone: parameters, bytes, FLOPs, GPU hours, dollars.
 
-Everything rests on two lists: the weights of the main model and those of its MTP modules, each with its hub name, shape,
-number of copies, how many of them one token uses, and the format of the released checkpoint. Every count is a sum over
-these lists, so the integers of the published model (671,026,419,200 values, 91,991 tensors) follow from shapes.
+Everything rests on two lists: the weights of the main model and those of its MTP modules, each with its hub name,
+shape, number of copies, how many of them one token uses, and the format of the released checkpoint. Every count is a
+sum over these lists, so the integers of the published model (671,026,419,200 values, 91,991 tensors) follow from shapes.
 Shapes: report section 4.2 and the hub's files. FP8 and its 128 x 128 scales: section 3.3. Hours and price: section 1.
 No torch: only whole numbers.
 """
@@ -40,15 +40,16 @@ class Weight(NamedTuple):
 def attention_weights(config: ModelConfig) -> list[Weight]:
     """Multi-head latent attention of one layer (eqs. 1-11), with the norms of its two latents."""
     d, heads, rope = config.hidden_size, config.num_attention_heads, config.qk_rope_head_dim
+    nope, value = config.qk_nope_head_dim, config.v_head_dim
     query, latent = config.q_lora_rank, config.kv_lora_rank
     return [
         Weight("attention", "self_attn.q_a_proj.weight", (query, d)),
         Weight("attention", "self_attn.q_a_layernorm.weight", (query,), "bf16"),
-        Weight("attention", "self_attn.q_b_proj.weight", (heads * (config.qk_nope_head_dim + rope), query)),
+        Weight("attention", "self_attn.q_b_proj.weight", (heads * (nope + rope), query)),
         Weight("attention", "self_attn.kv_a_proj_with_mqa.weight", (latent + rope, d)),
         Weight("attention", "self_attn.kv_a_layernorm.weight", (latent,), "bf16"),
-        Weight("attention", "self_attn.kv_b_proj.weight", (heads * (config.qk_nope_head_dim + config.v_head_dim), latent)),
-        Weight("attention", "self_attn.o_proj.weight", (d, heads * config.v_head_dim)),
+        Weight("attention", "self_attn.kv_b_proj.weight", (heads * (nope + value), latent)),
+        Weight("attention", "self_attn.o_proj.weight", (d, heads * value)),
     ]
 
 
@@ -61,7 +62,8 @@ def ffn_weights(part: str, prefix: str, hidden: int, width: int, copies: int = 1
 def layer_weights(config: ModelConfig, moe: bool) -> list[Weight]:
     """One Transformer layer with a dense or a DeepSeekMoE network (eqs. 12-16)."""
     d, experts, width = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-    norms = [Weight("norms", f"{name}.weight", (d,), "bf16") for name in ("input_layernorm", "post_attention_layernorm")]
+    names = ("input_layernorm", "post_attention_layernorm")
+    norms = [Weight("norms", f"{name}.weight", (d,), "bf16") for name in names]
     if not moe:
         return attention_weights(config) + norms + ffn_weights("dense", "mlp", d, config.intermediate_size)
     shared = config.n_shared_experts
@@ -198,7 +200,7 @@ def stored(config: ModelConfig) -> Stored:
 
 
 def kv_cache_bytes(config: ModelConfig, tokens: int = 1, dtype_bytes: int = 2) -> int:
-    """Bytes of the main model's latent cache: kv_lora_rank + qk_rope_head_dim values a token and layer (70,272 a token)."""
+    """Bytes of the main model's latent cache (70,272 a token): in each layer kv_lora_rank + qk_rope_head_dim values."""
     _require_positive(tokens=tokens, dtype_bytes=dtype_bytes)
     return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype_bytes * tokens
 
@@ -253,7 +255,8 @@ class GpuHours:
 REPORT_HOURS = GpuHours()
 
 
-def hours(flops_per_token: float, tokens: float, mfu: float = REPORT_MFU, peak_flops: float = H800_BF16_FLOPS) -> float:
+def hours(flops_per_token: float, tokens: float, mfu: float = REPORT_MFU,
+          peak_flops: float = H800_BF16_FLOPS) -> float:
     """GPU hours to train on `tokens` tokens when a GPU reaches the fraction `mfu` of `peak_flops` a second.
 
     One assumption is hidden in `mfu`: a smaller model, or one with other shapes, would reach another fraction.
@@ -264,7 +267,8 @@ def hours(flops_per_token: float, tokens: float, mfu: float = REPORT_MFU, peak_f
     return flops_per_token * tokens / (mfu * peak_flops) / 3600
 
 
-def utilisation(flops_per_token: float, tokens: float, gpu_hours: float, peak_flops: float = H800_BF16_FLOPS) -> float:
+def utilisation(flops_per_token: float, tokens: float, gpu_hours: float,
+                peak_flops: float = H800_BF16_FLOPS) -> float:
     """The inverse question: the fraction of the peak that a run of `gpu_hours` reached."""
     _require_positive(flops_per_token=flops_per_token, tokens=tokens, gpu_hours=gpu_hours, peak_flops=peak_flops)
     return flops_per_token * tokens / (gpu_hours * 3600 * peak_flops)

@@ -1,4 +1,4 @@
-"""Counts against the published integers, against the model itself, and against mutations that a wrong formula would survive."""
+"""Counts against the published integers, against the model itself, and with every field moved."""
 
 import random
 
@@ -33,7 +33,8 @@ def test_published_totals():
 
 def test_published_checkpoint():
     checkpoint = cost.stored(FULL)
-    assert checkpoint == cost.Stored(weights=684_489_845_504, scales=41_540_496, tensors=91_991, bytes=688_574_839_360)
+    assert checkpoint == cost.Stored(weights=684_489_845_504, scales=41_540_496, tensors=91_991,
+                                     bytes=688_574_839_360)
     assert checkpoint.values == 684_531_386_000
 
 
@@ -46,15 +47,17 @@ def test_active_parameters_under_each_rule():
     assert active.mtp_stored == 2_541_458_432
 
 
-@pytest.mark.parametrize("preset, main, total", [("nano", 12_149_008, 14_137_024), ("mini", 1_242_794_688, 1_350_672_896)])
+@pytest.mark.parametrize("preset, main, total", [
+    ("nano", 12_149_008, 14_137_024), ("mini", 1_242_794_688, 1_350_672_896)])
 def test_small_presets(preset, main, total):
     parts = cost.parameters(ModelConfig.preset(preset))
     assert (parts.main, parts.total) == (main, total)
 
 
 @pytest.mark.parametrize("wrong, integer", [
-    (dict(kv_lora_rank=576), "attention"), (dict(qk_rope_head_dim=128), "attention"), (dict(v_head_dim=64), "attention"),
-    (dict(n_shared_experts=2), "shared"), (dict(first_k_dense_replace=2), "routed"), (dict(intermediate_size=18304), "dense"),
+    (dict(kv_lora_rank=576), "attention"), (dict(qk_rope_head_dim=128), "attention"),
+    (dict(v_head_dim=64), "attention"), (dict(n_shared_experts=2), "shared"),
+    (dict(first_k_dense_replace=2), "routed"), (dict(intermediate_size=18304), "dense"),
     (dict(vocab_size=128_000), "head"), (dict(num_experts_per_tok=9), "routed")])
 def test_every_field_reaches_its_part(wrong, integer):
     """Mutation: a field that a formula ignored would leave its part as it is."""
@@ -66,13 +69,14 @@ def random_config(seed: int) -> ModelConfig:
     """Sizes that share no factors, so that no two formulas agree by accident."""
     pick = random.Random(seed)
     groups = pick.choice([1, 2, 4])
+    size = pick.randrange
     return ModelConfig(
-        vocab_size=pick.randrange(50, 90), hidden_size=pick.randrange(20, 50), num_hidden_layers=pick.randrange(2, 5),
-        first_k_dense_replace=pick.randrange(0, 3), intermediate_size=pick.randrange(20, 70), num_attention_heads=pick.randrange(1, 6),
-        q_lora_rank=pick.randrange(5, 30), kv_lora_rank=pick.randrange(5, 30), qk_nope_head_dim=pick.randrange(3, 20),
-        qk_rope_head_dim=2 * pick.randrange(1, 8), v_head_dim=pick.randrange(3, 20), n_routed_experts=groups * pick.randrange(2, 5),
-        num_experts_per_tok=2, n_shared_experts=pick.randrange(0, 3), moe_intermediate_size=pick.randrange(5, 40), n_group=groups,
-        topk_group=1, num_nextn_predict_layers=pick.randrange(0, 3), max_position_embeddings=64, rope_scaling=None)
+        vocab_size=size(50, 90), hidden_size=size(20, 50), num_hidden_layers=size(2, 5),
+        first_k_dense_replace=size(0, 3), intermediate_size=size(20, 70), moe_intermediate_size=size(5, 40),
+        num_attention_heads=size(1, 6), q_lora_rank=size(5, 30), kv_lora_rank=size(5, 30),
+        qk_nope_head_dim=size(3, 20), qk_rope_head_dim=2 * size(1, 8), v_head_dim=size(3, 20),
+        n_routed_experts=groups * size(2, 5), num_experts_per_tok=2, n_shared_experts=size(0, 3), n_group=groups,
+        topk_group=1, num_nextn_predict_layers=size(0, 3), max_position_embeddings=64, rope_scaling=None)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -88,8 +92,9 @@ def test_counts_equal_the_model(seed):
     biases = {name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
     assert counted.total == learned + sum(bias.numel() for bias in biases.values())
     assert counted.main + counted.mtp_stored == sum(value.numel() for value in model.state_dict().values())
-    for part, names in {"embedding": "embed_tokens", "attention": "self_attn", "router": "mlp.gate.weight", "shared": "shared_experts",
-                        "routed": "mlp.experts", "head": "lm_head", "biases": "e_score_correction_bias"}.items():
+    for part, names in {"embedding": "embed_tokens", "attention": "self_attn", "router": "mlp.gate.weight",
+                        "shared": "shared_experts", "routed": "mlp.experts", "head": "lm_head",
+                        "biases": "e_score_correction_bias"}.items():
         of_main = sum(value.numel() for name, value in model.state_dict().items()
                       if names in name and not is_mtp(name, config.num_hidden_layers))
         assert getattr(counted, part) == of_main, part
@@ -117,7 +122,8 @@ def test_training_flops_of_a_dense_toy_by_hand():
     """One layer whose products can be listed: 6 FLOPs for each weight that is multiplied, 6 for each attended pair."""
     toy = ModelConfig.preset("nano", num_hidden_layers=1, num_nextn_predict_layers=0)
     flops = cost.training_flops(toy, context=3)
-    matrices = [(96, 256), (8 * 48, 96), (80, 256), (8 * 64, 64), (256, 256), (768, 256), (768, 256), (256, 768), (4096, 256)]
+    matrices = [(96, 256), (8 * 48, 96), (80, 256), (8 * 64, 64), (256, 256),
+                (768, 256), (768, 256), (256, 768), (4096, 256)]
     gains = 96 + 64 + 3 * 256
     assert flops.weights == 6 * (sum(rows * columns for rows, columns in matrices) + gains)
     pairs = 1 + 2 + 3                                   # keys seen by the three positions together
