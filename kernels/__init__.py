@@ -4,12 +4,12 @@
 imports torch alone; it is imported as `minidsv3.kernels`.
 """
 
-from .cross_entropy import cross_entropy, cross_entropy_reference
+from .cross_entropy import cross_entropy, cross_entropy_reference, linear_cross_entropy, linear_cross_entropy_reference
 from .registry import OPERATIONS, Operation
 from .rms_norm import rms_norm, rms_norm_reference
 from .rope import rope, rope_reference
 from .route import Routing, route, route_reference
 from .swiglu import swiglu, swiglu_reference
 
-__all__ = ["OPERATIONS", "Operation", "Routing", "cross_entropy", "cross_entropy_reference", "rms_norm", "rms_norm_reference",
-           "rope", "rope_reference", "route", "route_reference", "swiglu", "swiglu_reference"]
+__all__ = ["OPERATIONS", "Operation", "Routing", "cross_entropy", "cross_entropy_reference", "linear_cross_entropy",
+           "linear_cross_entropy_reference", "rms_norm", "rms_norm_reference", "rope", "rope_reference", "route", "route_reference", "swiglu", "swiglu_reference"]

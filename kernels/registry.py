@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cross_entropy import cross_entropy, cross_entropy_reference
+from .cross_entropy import cross_entropy, cross_entropy_reference, linear_cross_entropy, linear_cross_entropy_reference
 from .rms_norm import rms_norm, rms_norm_reference
 from .rope import rope, rope_reference
 from .route import route, route_reference
@@ -56,4 +56,7 @@ OPERATIONS = {operation.name: operation for operation in (
     Operation("cross_entropy", cross_entropy, cross_entropy_reference,
               lambda n, v, dtype: (_leaf(n, v, dtype=dtype), torch.randint(0, v, (n,))),
               lambda n, v, size: size * n * v + 12 * n, {}),
+    Operation("linear_cross_entropy", linear_cross_entropy, linear_cross_entropy_reference,
+              lambda n, v, dtype: (_leaf(n, 24, dtype=dtype), _leaf(v, 24, dtype=dtype), torch.randint(0, v, (n,)), torch.rand(n)),
+              lambda n, v, size: size * 24 * (n + v) + 12 * n, {}),
 )}

@@ -93,6 +93,14 @@ def make_context(config: ModelConfig, shape: torch.Size, dtype: torch.dtype, dev
     return Context(*rope_table(config, positions, dtype), cache, positions, visible)
 
 
+def pad_for_flash(value: Tensor, key: Tensor) -> Tensor:
+    """Widens the values with zeros to the keys' width where torch's flash attention needs the two equal: on CPUs.
+
+    Without it `scaled_dot_product_attention` falls back to one T x T matrix a head.
+    """
+    return F.pad(value, (0, max(key.shape[-1] - value.shape[-1], 0))) if value.device.type == "cpu" else value
+
+
 class MLA(nn.Module):
     """Latent attention of one layer: x [B, T, hidden] -> [B, T, hidden]. `layer` is its place in the cache."""
 
@@ -137,9 +145,10 @@ class MLA(nn.Module):
         kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))
         k_nope, value = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         key = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)), -1)
+        value = pad_for_flash(value, key)
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
                                              attn_mask=visible, is_causal=visible is None, scale=self.scale)
-        return out.transpose(1, 2)
+        return out.transpose(1, 2)[..., :c.v_head_dim]
 
     def absorbed(self, query: Tensor, cached: Tensor, visible: Tensor | None) -> Tensor:
         """The same numbers without any key or value a head: all heads read the cache itself."""

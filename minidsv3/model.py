@@ -12,8 +12,8 @@ from .attention import LatentCache, RMSNorm, make_context
 from .balance import sequence_balance_loss
 from .block import Block
 from .config import ModelConfig
-from .kernels import Routing, cross_entropy
-from .mtp import MTPModule, mtp_loss
+from .kernels import Routing
+from .mtp import MTPModule, prediction_loss
 
 
 class Losses(NamedTuple):
@@ -93,8 +93,7 @@ class Transformer(nn.Module):
         """
         record: list[Routing] = []
         hidden = self.hidden(tokens[:, :-1], record=record)
-        logits = self.lm_head(self.model.norm(hidden))
-        main = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).mean()
+        main = prediction_loss(self.model.norm(hidden), self.lm_head.weight, tokens, depth=0)
         mtp = self._mtp(hidden, tokens, documents, record) if mtp_weight else main.new_zeros(())
         balance = main.new_zeros(())
         for routing in record:
@@ -113,7 +112,7 @@ class Transformer(nn.Module):
             ahead = tokens[:, depth:length]
             context = make_context(self.config, ahead.shape, hidden.dtype, hidden.device)
             h = module(carried[:, :length - depth], ahead, context, record)
-            losses.append(mtp_loss(module.logits(h), tokens, depth, documents))
+            losses.append(prediction_loss(module.shared_head.norm(h), self.lm_head.weight, tokens, depth, documents))
             carried = module.carried(h)
         return torch.stack(losses).mean() if losses else hidden.new_zeros(())
 

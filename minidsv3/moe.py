@@ -65,33 +65,35 @@ class Experts(nn.Module):
         """x [N, hidden] -> sum over the chosen experts of weight * expert(x), [N, hidden]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self.grouped(x, routing) if has_grouped_mm(x) else self.loop(x, routing)
+        return self.grouped(x, routing) if grouping_pays(x, routing) else self.loop(x, routing)
 
     def loop(self, x: Tensor, routing: Routing) -> Tensor:
-        """The definition: one expert at a time takes the tokens that chose it."""
-        out = torch.zeros(x.shape, dtype=routing.weights.dtype, device=x.device)
-        for expert in range(self.gate_up_proj.shape[0]):
+        """The definition: each expert that was chosen takes its tokens."""
+        out = torch.zeros_like(x)
+        for expert in routing.experts.unique().tolist():
             token, slot = (routing.experts == expert).nonzero(as_tuple=True)
             gate, up = F.linear(x[token], self.gate_up_proj[expert].to(x.dtype)).chunk(2, -1)
             y = F.linear(swiglu(gate, up), self.down_proj[expert].to(x.dtype))
-            out = out.index_add(0, token, y * routing.weights[token, slot, None])
-        return out.to(x.dtype)
+            out = out.index_add(0, token, y * routing.weights[token, slot, None].to(x.dtype))
+        return out
 
     def grouped(self, x: Tensor, routing: Routing) -> Tensor:
         """The same with one grouped matmul for all experts: rows sorted by expert, `ends` says where each one's rows end."""
         chosen = routing.experts.shape[1]
         order = routing.experts.flatten().argsort(stable=True)
         ends = routing.load.cumsum(0).to(torch.int32)
-        rows = x[order // chosen]
+        rows = x.index_select(0, order // chosen)
         gate, up = F.grouped_mm(rows, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, -1)
-        y = F.grouped_mm(swiglu(gate, up), self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
-        y = torch.empty_like(y).index_copy(0, order, y).unflatten(0, (-1, chosen))   # back to [N, k, hidden]
-        return (y * routing.weights[..., None]).sum(1).to(x.dtype)
+        weight = routing.weights.flatten().index_select(0, order).to(x.dtype)   # down_proj is linear: weighing before it is cheaper
+        y = F.grouped_mm(swiglu(gate, up) * weight[:, None], self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
+        return y.index_select(0, order.argsort()).unflatten(0, (-1, chosen)).sum(1)
 
 
-def has_grouped_mm(x: Tensor) -> bool:
-    """Whether torch has a grouped matmul for x: not in float64, and rows must be multiples of 16 bytes."""
-    return x.dtype in (torch.float32, torch.bfloat16) if x.device.type == "cpu" else x.dtype is torch.bfloat16
+def grouping_pays(x: Tensor, routing: Routing) -> bool:
+    """Whether to take the grouped matmul: torch has none in float64, and on a CPU it visits the idle experts too."""
+    if x.device.type != "cpu":
+        return x.dtype is torch.bfloat16
+    return x.dtype in (torch.float32, torch.bfloat16) and routing.experts.numel() > routing.load.numel()
 
 
 class MoE(nn.Module):

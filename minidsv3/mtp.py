@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .attention import Context, RMSNorm
 from .block import Block
 from .config import ModelConfig
-from .kernels import Routing, cross_entropy
+from .kernels import Routing, linear_cross_entropy
+from .kernels.precision import wide
 
 
 class SharedHead(nn.Module):
@@ -55,14 +56,17 @@ class MTPModule(Block):
         return self.shared_head.head(self.shared_head.norm(hidden))
 
 
-def mtp_loss(logits: Tensor, tokens: Tensor, depth: int, documents: Tensor | None = None) -> Tensor:
-    """L^k of eq. 24: the summed cross-entropy of T - k predictions, divided by **T** (not by T - k).
+def prediction_loss(final: Tensor, head: Tensor, tokens: Tensor, depth: int, documents: Tensor | None = None) -> Tensor:
+    """L^k of eq. 24: the summed cross-entropy of T - k predictions, divided by **T** (not by T - k). Depth 0 is the
+    main model's next-token loss.
 
-    logits [B, T - k, vocab], tokens [B, T + 1]; position i is scored on tokens[i + k + 1]. With `documents` [B, T + 1],
-    predictions whose target lies in another document than token i drop out of the sum.
+    final [B, T - k, hidden] is the module's output behind `shared_head.norm`, head [vocab, hidden] the output matrix,
+    tokens [B, T + 1]; position i is scored on tokens[i + k + 1]. With `documents` [B, T + 1], predictions whose target
+    lies in another document than token i drop out of the sum.
     """
     batch, length = tokens.shape[0], tokens.shape[1] - 1
-    losses = cross_entropy(logits.flatten(0, 1), tokens[:, depth + 1:].flatten())
+    kept = torch.ones_like(tokens[:, depth + 1:], dtype=torch.bool)
     if documents is not None:
-        losses = losses * (documents[:, :length - depth] == documents[:, depth + 1:]).flatten()
-    return losses.sum() / (batch * length)
+        kept = documents[:, :length - depth] == documents[:, depth + 1:]
+    weights = wide(final.new_ones(())) * kept.flatten() / (batch * length)
+    return linear_cross_entropy(final.flatten(0, 1), head, tokens[:, depth + 1:].flatten(), weights)
