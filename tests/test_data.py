@@ -50,7 +50,7 @@ def test_decoding_gives_back_any_text(tokenizer, text):
     assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
-@pytest.mark.parametrize("text", ["\r\n\t \u2028", "1234567890", " a  b\n\n c", "\U0001f600\u200d e\u0301", "a_b(x):\n"])
+@pytest.mark.parametrize("text", ["\r\n\t \u2028", "1234567890", " a  b\n\n c", "\U0001f600\u200d e\u0301", "a_b:\n"])
 def test_decoding_gives_back_awkward_text(tokenizer, text):
     assert tokenizer.decode(encode(tokenizer, text)) == text
 
