@@ -2,7 +2,8 @@
 
 Everything rests on two lists: the weights of the main model and those of its MTP modules, each with its hub name,
 shape, number of copies, how many of them one token uses, and the format of the released checkpoint. Every count is a
-sum over these lists, so the integers of the published model (671,026,419,200 values, 91,991 tensors) follow from shapes.
+sum over these lists, so the integers of the published model (671,026,419,200 values, 91,991 tensors) follow from its
+shapes.
 Shapes: report section 4.2 and the hub's files. FP8 and its 128 x 128 scales: section 3.3. Hours and price: section 1.
 No torch: only whole numbers.
 """
@@ -275,7 +276,7 @@ def utilisation(flops_per_token: float, tokens: float, gpu_hours: float,
 
 
 def dollars(gpu_hours: float, per_hour: float = DOLLARS_PER_HOUR) -> float:
-    """The rent of `gpu_hours`. The report's $5.576 M are its final runs only: no people, data, failed runs or research."""
+    """The rent of `gpu_hours`. The report's $5.576 M are its final runs only: no people, data or earlier research."""
     _require_positive(gpu_hours=gpu_hours, per_hour=per_hour)
     return gpu_hours * per_hour
 
