@@ -37,7 +37,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
             fsync(file)
         fsync(temporary)
         _rename_over(temporary, path, replaced)
-        fsync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -53,7 +52,10 @@ def _rename_over(source: Path, path: Path, replaced: Path) -> None:
         os.rename(path, replaced)
     try:
         os.rename(source, path)
+        fsync(path.parent)
     except OSError:
+        if not source.exists():
+            os.rename(path, source)
         if replaced.exists():
             os.rename(replaced, path)
         raise
