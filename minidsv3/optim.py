@@ -62,8 +62,8 @@ class Recipe:
             raise ValueError(f"total_tokens is {self.total_tokens} and sequence_length {self.sequence_length}; "
                              "both must be at least 1")
         if not 1 <= self.first_batch <= self.last_batch or self.ramp_until < 0:
-            raise ValueError(f"the batch goes from {self.first_batch} to {self.last_batch} in {self.ramp_until} tokens; "
-                             "it must start at 1 or more, not shrink, and not in negative time")
+            raise ValueError(f"the batch goes from {self.first_batch} to {self.last_batch} in {self.ramp_until} "
+                             "tokens; it must start at 1 or more, not shrink, and not in negative time")
 
     @classmethod
     def preset(cls, name: str, total_tokens: int | None = None) -> "Recipe":
@@ -79,7 +79,7 @@ class Recipe:
         return replace(self, total_tokens=total_tokens, **moved)
 
     def lr(self, tokens: int) -> float:
-        """0 to 2.2e-4 in 2K steps, constant to 10 T, cosine to 2.2e-5 at 14.3 T tokens, constant, 7.3e-6 from 14.633 T."""
+        """0 to 2.2e-4 in 2K steps, constant to 10 T, cosine to 2.2e-5 at 14.3 T, 7.3e-6 from 14.633 T tokens."""
         if tokens < self.warmup_until:
             return self.peak_lr * tokens / self.warmup_until
         if tokens < self.peak_until:
