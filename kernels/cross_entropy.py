@@ -39,12 +39,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
 
     Raises ValueError for shapes that do not fit. Differentiable once.
     """
-    if hidden.dim() != 2 or hidden.shape[1:] != weight.shape[1:] or not targets.shape == token_weights.shape == hidden.shape[:1]:
-        raise ValueError(f"linear_cross_entropy got hidden {list(hidden.shape)}, weight {list(weight.shape)}, targets "
-                         f"{list(targets.shape)} and token_weights {list(token_weights.shape)}; it needs [N, d], [vocab, d], [N] and [N]")
+    rows = hidden.shape[:1]
+    if hidden.dim() != 2 or hidden.shape[1:] != weight.shape[1:] or not targets.shape == token_weights.shape == rows:
+        raise ValueError(f"linear_cross_entropy got hidden {list(hidden.shape)}, weight {list(weight.shape)}, "
+                         f"targets {list(targets.shape)} and token_weights {list(token_weights.shape)}; "
+                         "it needs [N, d], [vocab, d], [N] and [N]")
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    token_weights = token_weights.to(torch.promote_types(hidden.dtype, torch.float32))   # the dtype of the logits
     return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights)
 
 
