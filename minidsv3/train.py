@@ -12,6 +12,7 @@ A run is its settings: every schedule is a function of the tokens seen (optim.py
 import json
 import math
 import os
+import random
 import signal
 import threading
 import time
@@ -77,11 +78,6 @@ class TrainConfig:
                              f"max_position_embeddings = {self.model.max_position_embeddings} positions")
         if self.source is not None and not self.source.startswith("hub:"):
             object.__setattr__(self, "source", str(Path(self.source).resolve()))   # a run resumes from any folder
-
-    @classmethod
-    def preset(cls, name: str, total_tokens: int | None = None, **overrides) -> "TrainConfig":
-        """The model and the recipe called `name` ("nano", "mini" or "full"), any field of this class overridden."""
-        return cls(**{"model": ModelConfig.preset(name), "recipe": Recipe.preset(name, total_tokens), **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
@@ -159,6 +155,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer):
         check_memory(config)
+        random.seed(config.seed)
         torch.manual_seed(config.seed)
         recipe = config.recipe
         self.config, self.corpus, self.tokenizer = config, corpus, tokenizer

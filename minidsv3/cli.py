@@ -1,0 +1,204 @@
+"""The command line: python -m minidsv3 train | generate | export | cost | bench.
+
+Each command only gathers what its module needs and prints what comes back. What the package refuses with a ValueError
+becomes one sentence on stderr and exit code 1; a wrong use of options is code 2, Ctrl-C is 130. Modules are imported
+when a command runs, so that help appears at once.
+"""
+
+import json
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from .model import Transformer
+    from .train import TrainConfig, TrainResult
+
+
+class Sentences(TyperGroup):
+    """Turns refusals into one sentence and exit code 1; any other exception is a fault of ours and keeps its traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        with warnings.catch_warnings():      # puts `showwarning` back
+            warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
+            try:
+                return super().invoke(ctx)
+            except (ValueError, OSError) as error:
+                typer.echo(f"error: {error}", err=True)
+                raise typer.Exit(1) from error
+
+
+app = typer.Typer(cls=Sentences, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False, help="DeepSeek-V3, small enough to read: train it, let it write, count its cost.")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed, peers beside it.")
+app.add_typer(bench, name="bench")
+
+Source = Annotated[Path, typer.Option("--model", help="a run's folder or one in the hub's layout")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+
+
+# ---- train ------------------------------------------------------------------------------------------------------
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Option(help="nano (two CPU cores), mini (one GPU) or full")] = "nano",
+    tokens: Annotated[int | None, typer.Option(help="length of the run; the schedules' milestones move along")] = None,
+    corpus: Annotated[str | None, typer.Option(help="file, folder, .jsonl, .parquet or hub:owner/name; "
+                                                    "else Python's standard library")] = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder  [default: runs/PRESET]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, whose settings stay")] = False,
+    seed: Annotated[int | None, typer.Option(help="of weights and data  [default: 0]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (autocast)  [default: fp32]")] = None,
+    save_every: Annotated[int | None, typer.Option(help="steps between checkpoints  [default: 100]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda  [default: cpu]")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE",
+                                                   help="any field of ModelConfig or Recipe; may be repeated")] = None,
+) -> None:
+    """Train on real text; Ctrl-C saves, --resume goes on."""
+    from . import train as training
+    settings = dict(source=corpus, seed=seed, precision=precision, save_every=save_every, device=device)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    out = out or Path("runs") / preset
+    if resume and (settings or set_ or tokens):
+        raise typer.BadParameter(f"a run resumes with the settings it began with; give --resume and --out {out} alone")
+    try:
+        if resume:
+            result = training.resume(out)
+        else:
+            config = train_config(preset, set_ or [], tokens, settings)
+            typer.echo("Reading the corpus and training a tokenizer on it takes some seconds.", err=True)
+            result = training.train(config, out)
+    except training.Interrupted as stopped:
+        typer.echo(f"\n{stopped}; go on with: python -m minidsv3 train --resume --out {out}", err=True)
+        raise typer.Exit(130) from stopped
+    report(result, out)
+
+
+def train_config(preset: str, assignments: list[str], tokens: int | None, settings: dict[str, Any]) -> "TrainConfig":
+    """Model and recipe of a preset with `NAME=VALUE` assignments to their fields, and settings of the run."""
+    from .config import ModelConfig
+    from .optim import Recipe
+    from .train import TrainConfig
+    defaults = {"model": ModelConfig.preset(preset), "recipe": Recipe.preset(preset, tokens)}
+    owner = {field.name: part for part, values in defaults.items() for field in fields(values)}
+    changes: dict[str, dict[str, Any]] = {part: {} for part in defaults}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if name not in owner or not equals:
+            raise ValueError(f"--set {assignment}: give NAME=VALUE with a field of ModelConfig or Recipe")
+        part = owner[name]
+        changes[part][name] = _value(assignment, text, getattr(defaults[part], name))
+    return TrainConfig(model=ModelConfig.preset(preset, **changes["model"]),
+                       recipe=replace(defaults["recipe"], **changes["recipe"]), **settings)
+
+
+def _value(assignment: str, text: str, current: Any) -> Any:
+    """`text` as a value of the kind that the field has now."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    value = tuple(value) if isinstance(value, list) else value
+    kinds = (int, float) if isinstance(current, float) else type(current)
+    if isinstance(value, bool) != isinstance(current, bool) or not isinstance(value, kinds):
+        raise ValueError(f"--set {assignment}: the preset has {current!r}; give a value of that kind")
+    return value
+
+
+def report(result: "TrainResult", out: Path) -> None:
+    typer.echo(f"{result.steps} steps, {result.tokens:,} tokens. On text held out:\n"
+               f"  {result.held_out_loss:.3f} nats a token, {result.bits_per_byte:.3f} bits a byte\n"
+               f"  {result.held_out_loss_ema:.3f} nats with the averaged weights (EMA)\n"
+               f"  {result.unigram_entropy:.3f} nats for a model that knows only how frequent each token is\n"
+               f"The model lies in {result.model}. Let it write: python -m minidsv3 generate 'def main(' --model {out}")
+
+
+# ---- generate, export -------------------------------------------------------------------------------------------
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="text to continue; an empty one starts a document")],
+    model: Source = Path("runs/nano"),
+    tokens: Annotated[int, typer.Option(help="how many tokens to write at most")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="draw from the best tokens that hold this probability")] = 0.95,
+    speculative: Annotated[bool, typer.Option("--speculative", help="draft with the MTP module, verify two at a time")] = False,
+    seed: Annotated[int | None, typer.Option(help="makes drawn text repeatable")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Continue a text with a trained model."""
+    from .data import encode
+    from .generate import generate as continue_text
+    transformer, tokenizer = load(model, device)
+    eos = transformer.config.eos_token_id
+    start = encode(tokenizer, prompt) or [eos]      # documents begin behind the end of another
+    written = continue_text(transformer, [start], tokens, temperature, top_p, speculative, eos, seed)
+    ids = written.tokens[0].tolist()
+    typer.echo(tokenizer.decode(ids))
+    drafts = f", {written.accepted} of {written.drafted} drafts accepted" if speculative else ""
+    typer.echo(f"[{len(ids) - len(start)} tokens in {written.passes} passes of the main model{drafts}]", err=True)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="where to write it")],
+    model: Source = Path("runs/nano"),
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
+) -> None:
+    """Write a model in the hub's layout, which transformers and inference engines read."""
+    from .checkpoint import save_checkpoint
+    transformer, tokenizer = load(model, "cpu")
+    save_checkpoint(transformer, folder, dtype, tokenizer)
+    typer.echo(f"wrote {folder} in {dtype}")
+
+
+def load(path: Path, device: str) -> "tuple[Transformer, Tokenizer]":
+    """Model and tokenizer of a hub folder (it has a config.json) or of a run."""
+    from .checkpoint import load_checkpoint, load_tokenizer
+    from .train import load_run
+    if (path / "config.json").is_file():
+        return load_checkpoint(path, device=device), load_tokenizer(path)
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}; give that of a run or of a model, or train one first")
+    transformer, tokenizer = load_run(path)
+    return transformer.to(device), tokenizer
+
+
+# ---- cost -------------------------------------------------------------------------------------------------------
+
+@app.command()
+def cost(
+    model: Annotated[str, typer.Argument(help="nano, mini, full, or a config.json or its folder")] = "full",
+    context: Annotated[int, typer.Option(help="tokens of a training sequence")] = 4096,
+    tokens: Annotated[float, typer.Option(help="tokens of the whole training")] = 14.8e12,
+    mfu: Annotated[float | None, typer.Option(help="share of the H800's peak that is used  [default: the report's 0.39]")] = None,
+) -> None:
+    """Count parameters, cache, FLOPs, GPU hours and dollars."""
+    from . import cost as costs
+    from .config import PRESETS, ModelConfig
+    if model not in PRESETS and not Path(model).exists():
+        raise ValueError(f"{model!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json or a folder with one")
+    config = ModelConfig.preset(model) if model in PRESETS else ModelConfig.from_hub(model)
+    for line in parameter_table(costs.parameters(config), costs.active_parameters(config)):
+        typer.echo(line)
+    flops = costs.training_flops(config, context)
+    mfu = costs.REPORT_MFU if mfu is None else mfu
+    hours = costs.hours(flops.main, tokens, mfu)
+    typer.echo(f"\nKV cache          {costs.kv_cache_bytes(config):>20,} bytes a token (bf16)")
+    typer.echo(f"training          {flops.main:>20,} FLOPs a token in sequences of {context:,}, and {flops.mtp:,} for MTP")
+    typer.echo(f"{'for ' + format(tokens, '.4g') + ' tokens':17} {hours:>20,.1f} H800 hours without MTP, at {mfu:.0%} of the bf16 peak")
+    typer.echo(f"{'':17} {costs.dollars(hours):>20,.0f} dollars at ${costs.DOLLARS_PER_HOUR:.0f} an hour")
+
+
+def parameter_table(stored: Any, active: Any) -> list[str]:
+    """Lines of a table: each part of the model, how many values it stores, how many of them one token uses."""
+    parts = [field.name for field in fields(stored) if field.name not in ("mtp", "mtp_stored")]
+    rows = [(part, getattr(stored, part), getattr(active, part)) for part in [*parts, "main", "mtp", "total"]]
+    return [f"{'':17} {'stored':>20} {'used by a token':>20}"] + [
+        f"{name:17} {count:>20,} {used:>20,}" for name, count, used in rows]
