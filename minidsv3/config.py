@@ -20,6 +20,10 @@ def _require(condition: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
     """YaRN's context extension (section 4.3): frequencies are interpolated by `factor` below a ramp of wavelengths.
@@ -36,6 +40,10 @@ class YarnScaling:
     mscale_all_dim: float | None = 1.0
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            _require(_is_number(value) or (value is None and field.name.startswith("mscale")),
+                     f"rope_scaling.{field.name} is {value!r}; it must be a number")
         _require(self.factor >= 1, f"rope_scaling.factor is {self.factor}; YaRN stretches, so it must be at least 1")
         _require(self.original_max_position_embeddings > 0,
                  f"rope_scaling.original_max_position_embeddings is {self.original_max_position_embeddings}; "
@@ -88,11 +96,9 @@ class ModelConfig:
     mtp_hidden: str = "post_norm"               # h^0 after the final norm (engines, transformers), or "pre_norm"
 
     def __post_init__(self):
-        if isinstance(self.rope_scaling, dict):
-            object.__setattr__(self, "rope_scaling", YarnScaling(**self.rope_scaling))
-        if self.init_std is None:
-            object.__setattr__(self, "init_std", 0.006 * math.sqrt(7168 / max(self.hidden_size, 1)))
         self._validate()
+        if self.init_std is None:
+            object.__setattr__(self, "init_std", 0.006 * math.sqrt(7168 / self.hidden_size))
 
     def _validate(self) -> None:
         zero_is_fine = {"first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts", "bos_token_id", "eos_token_id"}
@@ -102,9 +108,12 @@ class ModelConfig:
                 _require(isinstance(value, int) and not isinstance(value, bool), f"{field.name} is {value!r}; it must be a whole number")
                 least = 0 if field.name in zero_is_fine else 1
                 _require(value >= least, f"{field.name} is {value}; it must be at least {least}")
-            elif field.type is float or field.name == "init_std":
-                _require(isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
-                         f"{field.name} is {value!r}; it must be a positive number")
+            elif field.type is bool:
+                _require(isinstance(value, bool), f"{field.name} is {value!r}; it must be True or False")
+            elif field.type is float or (field.name == "init_std" and value is not None):
+                _require(_is_number(value) and value > 0, f"{field.name} is {value!r}; it must be a positive number")
+        _require(self.rope_scaling is None or isinstance(self.rope_scaling, YarnScaling),
+                 f"rope_scaling is {self.rope_scaling!r}; it must be None or a YarnScaling")
         _require(self.qk_rope_head_dim % 2 == 0,
                  f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even number")
         _require(self.first_k_dense_replace <= self.num_hidden_layers,
@@ -171,7 +180,9 @@ class ModelConfig:
         rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
         known = {field.name for field in fields(cls)} - {"rope_scaling", "rope_theta"}
         values = {key: value for key, value in hub.items() if key in known and value is not None}
-        values |= hub.get("minidsv3", {})
+        absent = sorted(known - values.keys() - MAY_BE_ABSENT)
+        _require(not absent, f"the config has no {', '.join(absent)}; a DeepSeek-V3's config.json gives a value for each")
+        values |= {key: value for key, value in hub.get("minidsv3", {}).items() if key in OURS}
         theta = rope.pop("rope_theta", hub.get("rope_theta", 10000.0))
         return cls(**values, rope_theta=float(theta), rope_scaling=_yarn_from_hub(rope))
 
@@ -180,7 +191,7 @@ class ModelConfig:
         hub = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **asdict(self), **ONLY,
                "num_key_value_heads": self.num_attention_heads, "initializer_range": 0.02, "attention_dropout": 0.0,
                "ep_size": 1, "use_cache": True}
-        hub["minidsv3"] = {name: hub.pop(name) for name in ("init_std", "mtp_order", "mtp_hidden")}
+        hub["minidsv3"] = {name: hub.pop(name) for name in OURS}
         if self.rope_scaling is not None:
             hub["rope_scaling"] = {"type": "yarn", **{k: v for k, v in asdict(self.rope_scaling).items() if v is not None}}
         return hub
@@ -191,8 +202,13 @@ class ModelConfig:
 
 
 # Fields of the hub's file for which V3 has one value and this code knows no other.
-ONLY = {"attention_bias": False, "hidden_act": "silu", "moe_layer_freq": 1, "scoring_func": "sigmoid",
-        "tie_word_embeddings": False, "topk_method": "noaux_tc"}
+ONLY = {"attention_bias": False, "hidden_act": "silu", "moe_layer_freq": 1, "rope_interleave": True,
+        "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_method": "noaux_tc"}
+ROPE_ONLY = {"attention_factor": None, "partial_rotary_factor": 1.0, "truncate": True}
+
+OURS = ("init_std", "mtp_order", "mtp_hidden")
+# Fields that a hub's file may leave out: then the dataclass's value holds. A missing width would mean the 671 B model's.
+MAY_BE_ABSENT = {"norm_topk_prob", "num_nextn_predict_layers", "rms_norm_eps", "bos_token_id", "eos_token_id", *OURS}
 
 PRESETS: dict[str, dict] = {
     "full": {},
@@ -213,9 +229,11 @@ def _read_config_file(path: Path) -> dict:
     file = path / "config.json" if path.is_dir() else path
     _require(file.is_file(), f"there is no config.json at {path}; a checkpoint folder holds one beside its weights")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        hub = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid JSON ({error}); it should be a hub config.json") from error
+    _require(isinstance(hub, dict), f"{file} holds a {type(hub).__name__}; a hub config.json is one object in braces")
+    return hub
 
 
 def _yarn_from_hub(rope: dict) -> YarnScaling | None:
@@ -224,5 +242,14 @@ def _yarn_from_hub(rope: dict) -> YarnScaling | None:
     _require(kind in ("default", "yarn"), f"the rotary embedding is of type {kind!r}; DeepSeek-V3 has 'default' or 'yarn'")
     if kind == "default":
         return None
+    for key, right in ROPE_ONLY.items():
+        value = rope.pop(key, right)
+        _require(value in (right, None), f"rope_scaling.{key} is {value!r}; DeepSeek-V3 has {right!r} and this code "
+                                         "computes nothing else")
     known = {field.name for field in fields(YarnScaling)}
-    return YarnScaling(**({"mscale": None, "mscale_all_dim": None} | {k: v for k, v in rope.items() if k in known}))
+    unknown = sorted(rope.keys() - known)
+    absent = sorted({"factor", "original_max_position_embeddings"} - rope.keys())
+    _require(not unknown, f"rope_scaling has {', '.join(unknown)}, which this code does not know; "
+                          f"YaRN has {', '.join(sorted(known))}")
+    _require(not absent, f"rope_scaling has no {', '.join(absent)}; YaRN needs it")
+    return YarnScaling(**{"mscale": None, "mscale_all_dim": None} | rope)
