@@ -3,5 +3,6 @@
 from .compare import check
 from .desk import attempt, exercise, quiz, setup, solution
 from .predict import reveal
+from .symbols import symbols
 
-__all__ = ["attempt", "check", "exercise", "quiz", "reveal", "setup", "solution"]
+__all__ = ["attempt", "check", "exercise", "quiz", "reveal", "setup", "solution", "symbols"]
