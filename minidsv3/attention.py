@@ -48,6 +48,20 @@ class LatentCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @property
+    def lengths(self) -> Tensor:
+        """Tokens in each row, [batch] int64."""
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: Tensor) -> None:
+        self._lengths, self.longest = lengths, int(lengths.max())   # kept on the host: a pass need not wait for the device
+
+    @torch.compiler.disable
+    def advance(self, tokens: int) -> None:
+        """Counts tokens that a pass has written to every row."""
+        self._lengths, self.longest = self._lengths + tokens, self.longest + tokens
+
+    @property
     def latent(self) -> Tensor:
         """c^KV after its norm, [layers, batch, length, kv_lora_rank]."""
         return self.values[..., :self.rank]
@@ -72,6 +86,10 @@ class Context(NamedTuple):
     visible: Tensor | None = None     # [B, 1, T, S] bool over the S cached tokens that any row can see
 
 
+VISIBLE_STEP = 128   # cached tokens are read in whole steps, so that a compiled pass meets few different shapes
+
+
+@torch.compiler.disable   # host arithmetic on lengths
 def make_context(config: ModelConfig, shape: torch.Size, dtype: torch.dtype, device: torch.device,
                  cache: LatentCache | None = None, start: Tensor | None = None) -> Context:
     """The context of a pass over tokens of shape [B, T]: causal from position 0, or behind each row's cached tokens.
@@ -82,14 +100,14 @@ def make_context(config: ModelConfig, shape: torch.Size, dtype: torch.dtype, dev
     steps = torch.arange(length, device=device)
     if cache is None:
         return Context(*rope_table(config, steps[None], dtype))
-    start = cache.lengths if start is None else start
-    if start.shape[0] != batch:
-        raise ValueError(f"the cache holds {start.shape[0]} rows and the tokens {batch}; they must agree")
-    end = int(start.max()) + length
+    if cache.lengths.shape[0] != batch:
+        raise ValueError(f"the cache holds {cache.lengths.shape[0]} rows and the tokens {batch}; they must agree")
+    end = (cache.longest if start is None else int(start.max())) + length
     if end > cache.capacity:
         raise ValueError(f"{end} tokens do not fit into a cache of {cache.capacity}; make it longer or the prompt shorter")
-    positions = start[:, None] + steps
-    visible = torch.arange(end, device=device) <= positions[:, None, :, None]
+    positions = (cache.lengths if start is None else start)[:, None] + steps
+    seen = min(-(-end // VISIBLE_STEP) * VISIBLE_STEP, cache.capacity)
+    visible = torch.arange(seen, device=device) <= positions[:, None, :, None]
     return Context(*rope_table(config, positions, dtype), cache, positions, visible)
 
 
@@ -152,19 +170,17 @@ class MLA(nn.Module):
 
     def absorbed(self, query: Tensor, cached: Tensor, visible: Tensor | None) -> Tensor:
         """The same numbers without any key or value a head: all heads read the cache itself."""
-        c, (batch, length, heads, _) = self.config, query.shape
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        c, length = self.config, query.shape[1]
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        q_latent = (q_nope.flatten(0, 1).transpose(0, 1) @ w_uk).transpose(0, 1).unflatten(0, (batch, length))
-        reading = torch.cat((q_latent, q_rope), -1).flatten(1, 2)                              # [B, T * heads, 576]
-        logits = (reading @ cached.transpose(1, 2)).unflatten(1, (length, heads)) * self.scale  # [B, T, heads, S]
+        q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w_uk)
+        logits = torch.einsum("bthc,bsc->bths", torch.cat((q_latent, q_rope), -1), cached) * self.scale
         if visible is None:
             visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
         logits = logits.masked_fill(~visible.transpose(1, 2), float("-inf"))
         p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(cached.dtype)
-        read = p.flatten(1, 2) @ cached[..., :c.kv_lora_rank]                                  # [B, T * heads, 512]
-        read = read.unflatten(1, (length, heads)).flatten(0, 1).transpose(0, 1)                # [heads, B * T, 512]
-        return (read @ w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, (batch, length))
+        read = torch.einsum("bths,bsr->bthr", p, cached[..., :c.kv_lora_rank])
+        return torch.einsum("bthr,hvr->bthv", read, w_uv)
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Counts multiplications a head: expanding costs keys * r(d_k + d_v) once, absorbing that much for each query,

@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, context, record)
         if cache is not None:
-            cache.lengths = cache.lengths + tokens.shape[1]
+            cache.advance(tokens.shape[1])
         return x
 
     def carried(self, hidden: Tensor) -> Tensor:
@@ -116,6 +116,7 @@ class Transformer(nn.Module):
             carried = module.carried(h)
         return torch.stack(losses).mean() if losses else hidden.new_zeros(())
 
+    @torch.compiler.disable   # reads values on the host
     def _check(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens have shape {list(tokens.shape)}; they must be [batch, tokens] with at least one token")

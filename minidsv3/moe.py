@@ -65,17 +65,28 @@ class Experts(nn.Module):
         """x [N, hidden] -> sum over the chosen experts of weight * expert(x), [N, hidden]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self.grouped(x, routing) if grouping_pays(x, routing) else self.loop(x, routing)
+        if routing.experts.numel() <= routing.load.numel():
+            return self.gathered(x, routing)
+        return self.grouped(x, routing) if has_grouped_mm(x) else self.loop(x, routing)
 
     def loop(self, x: Tensor, routing: Routing) -> Tensor:
-        """The definition: each expert that was chosen takes its tokens."""
+        """The definition: one expert at a time takes the tokens that chose it."""
         out = torch.zeros_like(x)
-        for expert in routing.experts.unique().tolist():
+        for expert in range(self.gate_up_proj.shape[0]):
             token, slot = (routing.experts == expert).nonzero(as_tuple=True)
             gate, up = F.linear(x[token], self.gate_up_proj[expert].to(x.dtype)).chunk(2, -1)
             y = F.linear(swiglu(gate, up), self.down_proj[expert].to(x.dtype))
             out = out.index_add(0, token, y * routing.weights[token, slot, None].to(x.dtype))
         return out
+
+    def gathered(self, x: Tensor, routing: Routing) -> Tensor:
+        """For few tokens (decoding): each token brings copies of its own experts, and idle experts are not visited."""
+        chosen = routing.experts.flatten()
+        rows = x.repeat_interleave(routing.experts.shape[1], 0).unsqueeze(1)                       # [N k, 1, hidden]
+        gate, up = (rows @ self.gate_up_proj.index_select(0, chosen).to(x.dtype).transpose(1, 2)).chunk(2, -1)
+        weighted = swiglu(gate, up) * routing.weights.to(x.dtype).view(-1, 1, 1)
+        y = weighted @ self.down_proj.index_select(0, chosen).to(x.dtype).transpose(1, 2)
+        return y.view(*routing.experts.shape, -1).sum(1)
 
     def grouped(self, x: Tensor, routing: Routing) -> Tensor:
         """The same with one grouped matmul for all experts: rows sorted by expert, `ends` says where each one's rows end."""
@@ -89,11 +100,9 @@ class Experts(nn.Module):
         return y.index_select(0, order.argsort()).unflatten(0, (-1, chosen)).sum(1)
 
 
-def grouping_pays(x: Tensor, routing: Routing) -> bool:
-    """Whether to take the grouped matmul: torch has none in float64, and on a CPU it visits the idle experts too."""
-    if x.device.type != "cpu":
-        return x.dtype is torch.bfloat16
-    return x.dtype in (torch.float32, torch.bfloat16) and routing.experts.numel() > routing.load.numel()
+def has_grouped_mm(x: Tensor) -> bool:
+    """Whether torch has a grouped matmul for x's dtype and device: on CPUs not in float64, on GPUs in bfloat16 alone."""
+    return x.dtype in (torch.float32, torch.bfloat16) if x.device.type == "cpu" else x.dtype is torch.bfloat16
 
 
 class MoE(nn.Module):
