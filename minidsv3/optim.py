@@ -23,7 +23,7 @@ class Recipe:
     """Every number that drives a training run. Defaults are the published pre-training of 14.8 T tokens (section 4.2).
 
     Ask each schedule with the number of tokens seen before the step: `batch_size(0)` is the first batch, and the first
-    step has the learning rate 0. At a milestone the new phase has begun. Milestones and `sequence_length` are in tokens,
+    step has the learning rate 0. At a milestone the new phase has begun. Milestones and sequence_length are in tokens,
     batches in sequences. Raises ValueError for values that do not fit together.
     """
 
