@@ -174,7 +174,7 @@ SPOILT = [
     (ran_once_from_the_top, unrun), (without_errors, with_error), (without_errors, say("UserWarning", "stderr")),
     (cells_are_short_and_say_what_they_show, write("")), (cells_are_short_and_say_what_they_show, write("plot(x);")),
     (cells_are_short_and_say_what_they_show, write("\n".join("x" * 26))),
-    (nothing_that_changes, say("saved to /home/ada/run")), (nothing_that_changes, say("<object at 0x7f01c2aa>")),
+    (nothing_that_changes, say(f"saved to {Path.home()}/run")), (nothing_that_changes, say("<object at 0x7f01c2aa>")),
     (nothing_that_changes, say("torch 2.13.0")), (nothing_that_changes, say("took 3.2 s")),
     (nothing_that_changes, say("0/3 [00:00<?, ?it/s]")),
     (is_normal, with_widget_states), (is_normal, with_timings),

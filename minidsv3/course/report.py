@@ -1,0 +1,56 @@
+"""From the report to the code: which function builds which section, equation or table, and which test proves it.
+
+Only what exists is listed. `docs/report_to_course.md` is written from here; a test imports every function and finds
+every test.
+"""
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """`code` is a dotted name under minidsv3, `test` is `file::function` under tests/."""
+
+    report: str
+    idea: str
+    code: str
+    test: str
+
+
+REPORT = (
+    Row("2.1.1, eqs. 1-5", "keys and values from one latent and one shared rotary key", "attention.MLA.compress",
+        "test_attention.py::test_cache_holds_the_normed_latent_and_the_rotated_key"),
+    Row("2.1.1, eqs. 6-9", "queries, compressed too", "attention.MLA.query",
+        "peers/test_transformers.py::test_same_logits"),
+    Row("2.1.1, eqs. 10-11", "attention, keys and values expanded", "attention.MLA.expanded",
+        "peers/test_transformers.py::test_same_logits"),
+    Row("2.1.1 (told in DeepSeek-V2's)", "attention, up-projections absorbed", "attention.MLA.absorbed",
+        "test_attention.py::test_absorbed_equals_expanded_in_values_and_gradients"),
+    Row("2.1.1", "the latent cache: 576 values a token and layer", "attention.LatentCache",
+        "test_attention.py::test_cached_equals_full"),
+    Row("2.1.2, eq. 12", "shared and routed experts, no token dropped", "moe.MoE", "test_moe.py::test_loop_is_equation_12"),
+    Row("2.1.2, eqs. 13-16", "affinities, bias for selection, weights", "kernels.route_reference",
+        "test_kernels.py::test_route_is_its_equations_ties_included"),
+    Row("2.1.2, node-limited routing", "a token goes to few groups of experts", "kernels.route_reference",
+        "test_kernels.py::test_a_group_is_worth_its_two_best"),
+    Row("2.2, eqs. 21-23", "a module that predicts one token further", "mtp.MTPModule",
+        "peers/test_transformers.py::test_same_drafts"),
+    Row("2.2, inference", "speculative decoding with that module", "generate.generate",
+        "test_generate.py::test_speculative_equals_plain_in_float32"),
+    Row("4.1", "fill-in-the-middle, PSM", "data.fill_in_the_middle",
+        "test_data.py::test_fill_in_the_middle_spells_prefix_suffix_middle"),
+    Row("4.1", "packing without padding or masks", "data.PackedBatches",
+        "test_data.py::test_an_epoch_holds_every_document_once_end_to_end"),
+    Row("4.2, model hyper-parameters", "the configuration", "config.ModelConfig",
+        "test_config.py::test_full_is_the_published_file"),
+    Row("4.2, training hyper-parameters", "every schedule, as a function of tokens seen", "optim.Recipe",
+        "test_optim.py::test_full_recipe_is_the_report"),
+    Row("4.3", "YaRN", "rope.rope_table",
+        "test_rope.py::test_published_numbers_of_the_full_model"),
+    Row("3.3.3, low-precision optimiser states", "AdamW with BF16 moments", "optim.AdamW",
+        "test_optim.py::test_bf16_moments_differ_by_their_rounding_alone"),
+    Row("3.2.3, exponential moving average", "an average of the weights", "optim.EMA",
+        "test_optim.py::test_ema_is_the_weighted_sum_of_the_weights"),
+    Row("1, table 1", "GPU hours and dollars", "cost.dollars", "test_cost.py::test_hours_and_dollars_of_the_report"),
+    Row("released weights", "names, shapes, duplicates and dtypes", "checkpoint.save_checkpoint",
+        "test_checkpoint.py::test_full_size_has_the_published_names_shapes_and_counts"),
+)
