@@ -30,7 +30,7 @@ docs: $(READY)  ## write the generated pages of docs/ again
 # One pip run with the constraints, so that no dependency is ever resolved without its pin.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
-		f'minidsv3 needs Python 3.11 or newer, but $(PYTHON) is {sys.version.split()[0]}: try make PYTHON=python3.13')"
+		'minidsv3 needs Python 3.11 or newer, but $(PYTHON) is %s: try make PYTHON=python3.13' % sys.version.split()[0])"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Setting up .venv: torch and Jupyter take a few minutes the first time."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'

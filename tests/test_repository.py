@@ -144,6 +144,13 @@ def test_every_package_is_declared():
     assert declared == {module_name(path) for path in sources() if path.name == "__init__.py"}
 
 
+def test_ci_runs_what_exists():
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    named = re.findall(r"tests/\w+\.py|\.ci/\w+", workflow)
+    assert ".ci/run" in named and all((ROOT / path).is_file() for path in named)
+    assert "exec make test" in (ROOT / ".ci/run").read_text()
+
+
 # ---- what the repository says ---------------------------------------------------------------------------------------
 
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(work|home|root|Users|tmp|mnt)/")
