@@ -108,13 +108,13 @@ class Transformer(nn.Module):
         """(1 / D) sum of L^k. Module k runs on the first T - k positions, each joined with the token k further on."""
         carried, losses = self.carried(hidden), []
         length = tokens.shape[1] - 1
-        for depth, module in enumerate(self.mtp_modules, start=1):
+        for depth, module in enumerate(self.mtp_modules[:length - 1], start=1):   # deeper ones have no token to predict
             ahead = tokens[:, depth:length]
             context = make_context(self.config, ahead.shape, hidden.dtype, hidden.device)
             h = module(carried[:, :length - depth], ahead, context, record)
             losses.append(prediction_loss(module.shared_head.norm(h), self.lm_head.weight, tokens, depth, documents))
             carried = module.carried(h)
-        return torch.stack(losses).mean() if losses else hidden.new_zeros(())
+        return sum(losses, start=hidden.new_zeros(())) / max(len(self.mtp_modules), 1)
 
     @torch.compiler.disable   # reads values on the host
     def _check(self, tokens: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The model against transformers' `DeepseekV3ForCausalLM`, and the proof that this comparison sees faults.
 
-Both compute in FP32 from one folder of safetensors, in both directions. Logits are of order 1 (the largest about 4). Each
-side lies 2e-6 to 6e-6 from the model in FP64 and as far from the other, so 1e-5 leaves room for rounding and for
+Both compute in FP32 from one folder of safetensors, in both directions. Logits are of order 1 (the largest about 4).
+Each side lies 2e-6 to 6e-6 from the model in FP64 and as far from the other, so 1e-5 leaves room for rounding and for
 little else: every known misreading of the report, tried below as a mutation, moves logits by 1e-3 or more.
 
 The peer builds the two latent norms without `rms_norm_eps` (they keep 1e-6), which agrees with the released config;
