@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Sentences(TyperGroup):
-    """Turns refusals into one sentence and exit code 1; any other exception is a fault of ours and keeps its traceback."""
+    """Turns refusals into one sentence and exit code 1; other exceptions are faults of ours and keep their traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         with warnings.catch_warnings():      # puts `showwarning` back
@@ -35,7 +35,8 @@ class Sentences(TyperGroup):
 
 
 app = typer.Typer(cls=Sentences, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False, help="DeepSeek-V3, small enough to read: train it, let it write, count its cost.")
+                  pretty_exceptions_enable=False,
+                  help="DeepSeek-V3, small enough to read: train it, let it write, count its cost.")
 bench = typer.Typer(no_args_is_help=True, help="Measure speed, peers beside it.")
 app.add_typer(bench, name="bench")
 
@@ -58,14 +59,14 @@ def train(
     save_every: Annotated[int | None, typer.Option(help="steps between checkpoints  [default: 100]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda  [default: cpu]")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE",
-                                                   help="any field of ModelConfig or Recipe; may be repeated")] = None,
+                                                   help="any field of ModelConfig, Recipe, TrainConfig")] = None,
 ) -> None:
     """Train on real text; Ctrl-C saves, --resume goes on."""
     from . import train as training
     settings = dict(source=corpus, seed=seed, precision=precision, save_every=save_every, device=device)
     settings = {name: value for name, value in settings.items() if value is not None}
     out = out or Path("runs") / preset
-    if resume and (settings or set_ or tokens):
+    if resume and (settings or set_ or tokens is not None):
         raise typer.BadParameter(f"a run resumes with the settings it began with; give --resume and --out {out} alone")
     try:
         if resume:
@@ -81,21 +82,21 @@ def train(
 
 
 def train_config(preset: str, assignments: list[str], tokens: int | None, settings: dict[str, Any]) -> "TrainConfig":
-    """Model and recipe of a preset with `NAME=VALUE` assignments to their fields, and settings of the run."""
+    """A preset's model and recipe, with `NAME=VALUE` assignments to any field and the settings that have an option."""
     from .config import ModelConfig
     from .optim import Recipe
     from .train import TrainConfig
-    defaults = {"model": ModelConfig.preset(preset), "recipe": Recipe.preset(preset, tokens)}
-    owner = {field.name: part for part, values in defaults.items() for field in fields(values)}
-    changes: dict[str, dict[str, Any]] = {part: {} for part in defaults}
+    run = {field.name: field.default for field in fields(TrainConfig) if field.name not in ("model", "recipe")}
+    known = {"model": vars(ModelConfig.preset(preset)), "recipe": vars(Recipe.preset(preset, tokens)), "run": run}
+    changes: dict[str, dict[str, Any]] = {part: {} for part in known}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if name not in owner or not equals:
-            raise ValueError(f"--set {assignment}: give NAME=VALUE with a field of ModelConfig or Recipe")
-        part = owner[name]
-        changes[part][name] = _value(assignment, text, getattr(defaults[part], name))
+        part = next((part for part in known if name in known[part]), None)
+        if part is None or not equals:
+            raise ValueError(f"--set {assignment}: give NAME=VALUE with a field of ModelConfig, Recipe or TrainConfig")
+        changes[part][name] = _value(assignment, text, known[part][name])
     return TrainConfig(model=ModelConfig.preset(preset, **changes["model"]),
-                       recipe=replace(defaults["recipe"], **changes["recipe"]), **settings)
+                       recipe=replace(Recipe.preset(preset, tokens), **changes["recipe"]), **changes["run"] | settings)
 
 
 def _value(assignment: str, text: str, current: Any) -> Any:
@@ -128,7 +129,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="how many tokens to write at most")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.8,
     top_p: Annotated[float, typer.Option(help="draw from the best tokens that hold this probability")] = 0.95,
-    speculative: Annotated[bool, typer.Option("--speculative", help="draft with the MTP module, verify two at a time")] = False,
+    speculative: Annotated[bool, typer.Option("--speculative", help="draft with the MTP module")] = False,
     seed: Annotated[int | None, typer.Option(help="makes drawn text repeatable")] = None,
     device: Device = "cpu",
 ) -> None:
@@ -177,7 +178,7 @@ def cost(
     model: Annotated[str, typer.Argument(help="nano, mini, full, or a config.json or its folder")] = "full",
     context: Annotated[int, typer.Option(help="tokens of a training sequence")] = 4096,
     tokens: Annotated[float, typer.Option(help="tokens of the whole training")] = 14.8e12,
-    mfu: Annotated[float | None, typer.Option(help="share of the H800's peak that is used  [default: the report's 0.39]")] = None,
+    mfu: Annotated[float | None, typer.Option(help="share of the H800's peak  [default: the report's 0.39]")] = None,
 ) -> None:
     """Count parameters, cache, FLOPs, GPU hours and dollars."""
     from . import cost as costs
@@ -191,8 +192,9 @@ def cost(
     mfu = costs.REPORT_MFU if mfu is None else mfu
     hours = costs.hours(flops.main, tokens, mfu)
     typer.echo(f"\nKV cache          {costs.kv_cache_bytes(config):>20,} bytes a token (bf16)")
-    typer.echo(f"training          {flops.main:>20,} FLOPs a token in sequences of {context:,}, and {flops.mtp:,} for MTP")
-    typer.echo(f"{'for ' + format(tokens, '.4g') + ' tokens':17} {hours:>20,.1f} H800 hours without MTP, at {mfu:.0%} of the bf16 peak")
+    typer.echo(f"training          {flops.main:>20,} FLOPs a token in sequences of {context:,}; MTP adds {flops.mtp:,}")
+    share = f"at {mfu:.0%} of the bf16 peak"
+    typer.echo(f"{f'{tokens:.4g} tokens':17} {hours:>20,.1f} H800 hours without MTP, {share}")
     typer.echo(f"{'':17} {costs.dollars(hours):>20,.0f} dollars at ${costs.DOLLARS_PER_HOUR:.0f} an hour")
 
 
@@ -202,3 +204,16 @@ def parameter_table(stored: Any, active: Any) -> list[str]:
     rows = [(part, getattr(stored, part), getattr(active, part)) for part in [*parts, "main", "mtp", "total"]]
     return [f"{'':17} {'stored':>20} {'used by a token':>20}"] + [
         f"{name:17} {count:>20,} {used:>20,}" for name, count, used in rows]
+
+
+# ---- bench ------------------------------------------------------------------------------------------------------
+
+@bench.command("cpu")
+def bench_cpu(
+    out: Annotated[Path, typer.Option(help="where the numbers go")] = Path("results/bench_cpu.json"),
+    rounds: Annotated[int, typer.Option(help="of which the median counts")] = 5,
+    compiled: Annotated[bool, typer.Option(help="also decode with torch.compile, which needs a C++ compiler")] = True,
+) -> None:
+    """Training and decoding at nano's geometry beside transformers; run it alone on a quiet machine."""
+    from . import bench as benchmark
+    typer.echo(json.dumps(benchmark.bench_cpu(out, rounds, compiled), indent=1))

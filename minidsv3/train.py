@@ -186,8 +186,8 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         return {"config": asdict(self.config), "tokenizer": self.tokenizer.to_str(), "tokens": self.tokens,
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.state_dict(),
-                "data": self.data.state_dict(), "random": random_state()}
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.state_dict(), "data": self.data.state_dict(), "random": random_state()}
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
         self.step, self.tokens = step, state["tokens"]
@@ -210,7 +210,7 @@ def check_memory(config: TrainConfig) -> None:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed since; a second Ctrl-C raises KeyboardInterrupt at once."""
+    """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt at once."""
     pressed: list[int] = []
 
     def ask(number: int, frame: object) -> None:
@@ -274,7 +274,8 @@ def load_run(out: str | Path) -> tuple[Transformer, Tokenizer]:
 def _go_on(run: Run, out: Path, progress: bool) -> TrainResult:
     log = out / "metrics.jsonl"
     _shorten(log, run.step)
-    bar = tqdm(total=run.config.recipe.total_tokens, initial=run.tokens, unit="tok", unit_scale=True, disable=not progress)
+    bar = tqdm(total=run.config.recipe.total_tokens, initial=run.tokens, unit="tok", unit_scale=True,
+               disable=not progress)
     with bar, stop_on_interrupt() as asked_to_stop:
         while not run.finished:
             line = _advance(run, out)

@@ -187,7 +187,7 @@ def disturb_generators() -> None:
     torch.rand(3)
 
 
-@pytest.mark.parametrize("step", [3, 8, 10])     # while the batch is constant, while it grows and at a regular save, after
+@pytest.mark.parametrize("step", [3, 8, 10])     # while the batch is constant; while it grows, at a regular save; after
 def test_ctrl_c_finishes_the_step_saves_and_resumes_bit_for_bit(step, corpus, whole_run, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
@@ -207,8 +207,8 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes_bit_for_bit(step, corpus, wh
 def test_the_disturbed_run_would_show(whole_run):
     """What the test above compares: BF16 moments, the average, every schedule in motion, more than one epoch."""
     state = load_latest(whole_run).state
-    dtypes = {value.dtype for moments in state["optimizer"]["state"].values() for key, value in moments.items() if key != "step"}
-    assert dtypes == {torch.bfloat16}
+    moments = [value for state in state["optimizer"]["state"].values() for key, value in state.items() if key != "step"]
+    assert {value.dtype for value in moments} == {torch.bfloat16}
     assert state["model"][MTP_BIAS].abs().max() > 0
     assert differences(state["ema"]["lm_head.weight"], state["model"]["lm_head.weight"])
     for name in ("sequences", "lr", "gamma", "mtp_weight"):
