@@ -40,13 +40,13 @@ class NotebookFailed(Exception):
     """A cell raised or wrote to stderr; the sentence says which."""
 
 
-def execute(notebook: NotebookNode) -> NotebookNode:
-    """The notebook with outputs of a fresh kernel. Raises NotebookFailed."""
+def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
+    """The notebook with outputs of a fresh kernel that works in `folder`. Raises NotebookFailed."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     client = NotebookClient(notebook, timeout=CELL_TIMEOUT, kernel_name="python3", record_timing=False,
-                            coalesce_streams=True, resources={"metadata": {"path": str(FOLDER)}})
+                            coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
     try:
         client.execute(stderr=subprocess.DEVNULL)   # the kernel's own log; what cells write arrives as outputs
     except (CellControlSignal, DeadKernelError) as error:   # raised, took too long, or killed its kernel
@@ -99,7 +99,7 @@ def strip_text(png: bytes) -> bytes:
 def process(path: Path, write: bool) -> None:
     """Executes one notebook, and writes it back if asked and changed. Raises NotebookFailed."""
     before = path.read_text(encoding="utf-8")
-    notebook = execute(nbformat.reads(before, as_version=4))
+    notebook = execute(nbformat.reads(before, as_version=4), path.parent)
     after = nbformat.writes(normalise(notebook)) + "\n"
     if write and after != before:
         path.write_text(after, encoding="utf-8")
