@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from .durable import CheckpointError, replace_file, whole_folder
 
-__all__ = ["CheckpointError", "SavedState", "load_latest", "random_state", "save_state", "saved_steps", "set_random_state"]
+__all__ = ["CheckpointError", "SavedState", "load_latest", "random_state", "save_state", "saved_steps",
+           "set_random_state"]
 
 POINTER, MANIFEST, TREE = "latest", "manifest.json", "state.json"
 STEP_FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
@@ -48,13 +50,13 @@ def save_state(folder: str | Path, step: int, state: dict[str, Any], keep: int =
     system refuses to write; earlier saves are untouched then.
     """
     if step < 0 or keep < 1:
-        raise CheckpointError(f"step is {step} and keep is {keep}; a step counts from 0 and at least 1 save must remain")
+        raise CheckpointError(f"step is {step} and keep is {keep}; steps count from 0 and at least 1 save must stay")
     folder, tensors = Path(folder), {}
     tree = _pack(state, (), tensors, {})
     target = folder / f"step-{step:08d}"
     with whole_folder(target) as new:
-        for part in {name.split("/")[0] for name in tensors}:
-            save_file({name: t for name, t in tensors.items() if name.split("/")[0] == part}, new / f"{part}.safetensors")
+        for part, group in groupby(sorted(tensors), key=lambda name: name.split("/")[0]):
+            save_file({name: tensors[name] for name in group}, new / f"{part}.safetensors")
         (new / TREE).write_text(json.dumps({"step": step, "state": tree}), encoding="utf-8")
         sums = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(new.iterdir())}
         (new / MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Deaths at chosen moments: a process that stops before its k-th call to the file system, and a disk that refuses it."""
+"""Deaths at chosen moments: a process that stops at its k-th call to the file system, or a disk that refuses it."""
 
 import errno
 import itertools
@@ -19,7 +19,7 @@ class Crash(BaseException):
 
 
 def every_crash(action: Callable[[], object], check: Callable[[], object], prepare: Callable[[], object]) -> int:
-    """Runs prepare, action and check again and again, action dying before its 1st, 2nd, .. change; returns how often."""
+    """Runs prepare, action and check again and again, action dying at its 1st, 2nd, .. change; returns how often."""
     for step in itertools.count(1):
         prepare()
         with pytest.MonkeyPatch.context() as patch:

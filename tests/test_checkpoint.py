@@ -1,4 +1,4 @@
-"""The hub's layout: names, dtypes and shards as published, values back to the bit, and one sentence for every bad folder."""
+"""The hub's layout: names, dtypes and shards as published, values back to the bit, a sentence for every bad folder."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokens
 from tokenizers import Tokenizer, models
 
-from minidsv3 import ModelConfig, Transformer, checkpoint
-from minidsv3.checkpoint import (CheckpointError, dequantize_blocks, hub_tensors, load_checkpoint, load_tokenizer,
-                                 save_checkpoint)
+from minidsv3 import ModelConfig, Transformer, stored
+from minidsv3.checkpoint import CheckpointError, hub_tensors, load_checkpoint, load_tokenizer, save_checkpoint
+from minidsv3.stored import dequantize_blocks
 
 MTP_HEAD, MTP_EMBEDDING = "model.layers.3.shared_head.head.weight", "model.layers.3.embed_tokens.weight"
 KV_A, KV_B = (f"model.layers.1.self_attn.{name}.weight" for name in ("kv_a_proj_with_mqa", "kv_b_proj"))
@@ -42,7 +42,7 @@ def rewrite(folder: Path, change) -> None:
     """Applies `change` to the dict of the folder's tensors."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 def reconfigure(folder: Path, **changes) -> None:
@@ -92,8 +92,8 @@ def test_full_size_has_the_published_names_shapes_and_counts():
     assert tensors["model.layers.61.self_attn.kv_a_proj_with_mqa.weight"].shape == (576, 7168)
 
 
-@pytest.mark.parametrize("dtype, stored", [("bf16", "BF16"), ("fp32", "F32")])
-def test_shards_index_and_dtypes(model, tmp_path, dtype, stored):
+@pytest.mark.parametrize("dtype, code", [("bf16", "BF16"), ("fp32", "F32")])
+def test_shards_index_and_dtypes(model, tmp_path, dtype, code):
     limit = 40_000
     save_checkpoint(model, tmp_path / "x", dtype, shard_bytes=limit)
     shards = sorted((tmp_path / "x").glob("*.safetensors"))
@@ -104,7 +104,7 @@ def test_shards_index_and_dtypes(model, tmp_path, dtype, stored):
         with safe_open(shard, "pt") as file:
             assert file.metadata() == {"format": "pt"}
             for name in file.keys():
-                assert file.get_slice(name).get_dtype() == ("F32" if name.endswith("bias") else stored)
+                assert file.get_slice(name).get_dtype() == ("F32" if name.endswith("bias") else code)
                 names[name] = shard.name
         here = sum(tensor.nbytes for tensor in load_file(shard).values())
         assert here <= limit
@@ -117,11 +117,13 @@ def test_shards_index_and_dtypes(model, tmp_path, dtype, stored):
 
 
 def test_the_hub_has_gate_then_up_and_the_duplicates(model, folder):
-    stored = load_file(folder / "model.safetensors")
+    tensors, expert = load_file(folder / "model.safetensors"), "model.layers.2.mlp.experts.5"
     experts, width = model.model.layers[2].mlp.experts, model.config.moe_intermediate_size
-    for name, right in {"gate": experts.gate_up_proj[5, :width], "up": experts.gate_up_proj[5, width:], "down": experts.down_proj[5]}.items():
-        assert stored[f"model.layers.2.mlp.experts.5.{name}_proj.weight"].equal(right)
-    assert stored[MTP_HEAD].equal(model.lm_head.weight) and stored[MTP_EMBEDDING].equal(model.model.embed_tokens.weight)
+    assert tensors[f"{expert}.gate_proj.weight"].equal(experts.gate_up_proj[5, :width])
+    assert tensors[f"{expert}.up_proj.weight"].equal(experts.gate_up_proj[5, width:])
+    assert tensors[f"{expert}.down_proj.weight"].equal(experts.down_proj[5])
+    assert tensors[MTP_HEAD].equal(model.lm_head.weight)
+    assert tensors[MTP_EMBEDDING].equal(model.model.embed_tokens.weight)
 
 
 # ---- there and back ---------------------------------------------------------------------------------------------
@@ -132,7 +134,8 @@ def test_fp32_comes_back_to_the_bit(model, tmp_path, shard_bytes):
     loaded = load_checkpoint(tmp_path / "x")
     assert_equal(model, loaded)
     assert loaded(tiny_tokens(2, 9)).equal(model(tiny_tokens(2, 9)))
-    assert loaded.mtp_modules[0].embed_tokens is loaded.model.embed_tokens and all(p.requires_grad for p in loaded.parameters())
+    assert loaded.mtp_modules[0].embed_tokens is loaded.model.embed_tokens
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_bf16_rounds_once_and_spares_the_biases(model, tmp_path):
@@ -140,7 +143,8 @@ def test_bf16_rounds_once_and_spares_the_biases(model, tmp_path):
     loaded = load_checkpoint(tmp_path / "x")
     assert loaded.lm_head.weight.dtype is torch.bfloat16
     biases = {name: tensor for name, tensor in hub_tensors(loaded) if name.endswith("bias")}
-    assert len(biases) == 3 and biases[BIAS].dtype is torch.float32 and biases[BIAS].equal(dict(hub_tensors(model))[BIAS])
+    assert len(biases) == 3 and {bias.dtype for bias in biases.values()} == {torch.float32}
+    assert biases[BIAS].equal(dict(hub_tensors(model))[BIAS])
     assert_equal(model.to(torch.bfloat16), loaded)
 
 
@@ -165,7 +169,7 @@ def test_a_loaded_model_does_not_depend_on_its_files(model, folder):
 
 
 def test_a_folder_as_transformers_writes_it(model, folder):
-    """`rope_parameters`, no `scoring_func`, biases in bf16, and an MTP module in the config that no tensor belongs to."""
+    """`rope_parameters`, no `scoring_func`, biases in bf16, an MTP module in the config that no tensor belongs to."""
     rewrite(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.3." in name])
     rewrite(folder, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
     reconfigure(folder, rope_theta=None, rope_scaling=None, scoring_func=None, topk_method=None,
@@ -190,8 +194,9 @@ def test_duplicates_may_be_absent_but_not_different(model, folder):
 
 def by_hand(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """w = fp8 * scale, one value at a time."""
-    rows = [[weight[i, j].float() * scales[i // 128, j // 128] for j in range(weight.shape[1])] for i in range(weight.shape[0])]
-    return torch.tensor(rows)
+    rows, columns = weight.shape
+    w, s = weight.float().tolist(), scales.tolist()
+    return torch.tensor([[w[i][j] * s[i // 128][j // 128] for j in range(columns)] for i in range(rows)])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 5), (192, 130), (64, 257)])
@@ -234,11 +239,12 @@ def fp8_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_fp8_folders_are_dequantised(fp8_folder, dtype):
     loaded = dict(hub_tensors(load_checkpoint(fp8_folder, dtype)))
-    stored = load_file(fp8_folder / "model.safetensors")
-    scaled = [name for name in stored if name + "_scale_inv" in stored]
+    tensors = load_file(fp8_folder / "model.safetensors")
+    scaled = [name for name in tensors if name + "_scale_inv" in tensors]
     assert len(scaled) == 3
     for name in scaled:
-        assert loaded[name].equal(by_hand(stored[name], stored[name + "_scale_inv"]).to(dtype or torch.bfloat16)), name
+        right = by_hand(tensors[name], tensors[name + "_scale_inv"])
+        assert loaded[name].equal(right.to(dtype or torch.bfloat16)), name
     assert loaded["model.norm.weight"].dtype is (dtype or torch.bfloat16) and loaded[BIAS].dtype is torch.float32
 
 
@@ -250,7 +256,7 @@ def equal_blocks(weight, scales, dtype=torch.float32):
 
 
 def test_equal_blocks_are_caught(fp8_folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "dequantize_blocks", equal_blocks)
+    monkeypatch.setattr(stored, "dequantize_blocks", equal_blocks)
     with pytest.raises(AssertionError):
         test_fp8_folders_are_dequantised(fp8_folder, torch.float32)
 
@@ -273,25 +279,35 @@ def only_pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def cut(file: str, size: int):
+    return lambda folder: os.truncate(folder / file, size)
+
+
+def with_config(**changes):
+    return lambda folder: reconfigure(folder, **changes)
+
+
+MISSING_SHARD = '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'
+UNREADABLE = "model.safetensors cannot be read: truncated or no safetensors file"
 BAD = {
-    "tensor missing": (drop(KV_A), rf"has no tensor {KV_A}; its config.json asks for it"),
-    "tensors missing": (lambda f: reconfigure(f, num_hidden_layers=9, num_nextn_predict_layers=0), r"no tensor model.layers.4.* \(and \d+ more\)"),
-    "tensor extra": (put("model.layers.1.odd.weight", torch.ones(2)), "model.layers.1.odd.weight in .*safetensors has no place"),
+    "tensor missing": (drop(KV_A), f"has no tensor {KV_A}; its config.json asks for it"),
+    "layers missing": (with_config(num_hidden_layers=9, num_nextn_predict_layers=0), r"layers.4.* \(and \d+ more\); its"),
+    "tensor extra": (put("model.odd.weight", torch.ones(2)), "model.odd.weight in .*safetensors has no place"),
     "scale extra": (put("model.odd.weight_scale_inv", torch.ones(2)), "model.odd.weight_scale_inv in .* has no place"),
-    "fewer experts": (lambda f: reconfigure(f, n_routed_experts=8), r"has no place in the model of config.json"),
-    "tensor mis-shaped": (put(KV_A, torch.ones(3, 4)), rf"{KV_A} in .* has shape \[3, 4\]; config.json asks for \[24, 32\]"),
-    "config mismatched": (lambda f: reconfigure(f, vocab_size=60), r"has shape \[61, 32\]; config.json asks for \[60, 32\]"),
-    "fp8 without scale": (put(KV_A, torch.ones(24, 32).to(torch.float8_e4m3fn)), rf"{KV_A} in .* is FP8 but has no {KV_A}_scale_inv"),
-    "truncated": (lambda f: os.truncate(f / "model.safetensors", 50_000), "model.safetensors cannot be read: truncated or no safetensors"),
-    "empty file": (lambda f: os.truncate(f / "model.safetensors", 0), "model.safetensors cannot be read: truncated or no safetensors"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing$"),
-    "pickled": (only_pickled, "model.safetensors is missing; pytorch_model.bin is not opened, for unpickling runs code"),
-    "shard missing": (write_index('{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'), "model-2.safetensors is missing"),
+    "fewer experts": (with_config(n_routed_experts=8), r"\(and \d+ more\) has no place in the model of config.json"),
+    "mis-shaped": (put(KV_A, torch.ones(3, 4)), rf"{KV_A} in .* has shape \[3, 4\]; config.json asks for \[24, 32\]"),
+    "other config": (with_config(vocab_size=60), r"has shape \[61, 32\]; config.json asks for \[60, 32\]"),
+    "no scale": (put(KV_A, torch.ones(24, 32).to(torch.float8_e4m3fn)), f"{KV_A} in .* is FP8 but has no {KV_A}_scale"),
+    "truncated": (cut("model.safetensors", 50_000), UNREADABLE),
+    "empty file": (cut("model.safetensors", 0), UNREADABLE),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing$"),
+    "pickled": (only_pickled, "model.safetensors is missing; pytorch_model.bin is not opened, for unpickling runs"),
+    "shard missing": (write_index(MISSING_SHARD), "model-2.safetensors is missing"),
     "index torn": (write_index('{"weight_map": {"a"'), "index.json is no index of shards"),
-    "index odd": (write_index('[]'), "index.json is no index of shards"),
-    "config missing": (lambda f: (f / "config.json").unlink(), "there is no config.json at"),
-    "config torn": (lambda f: os.truncate(f / "config.json", 40), "config.json is not valid JSON"),
-    "folder missing": (lambda f: shutil.rmtree(f), "there is no config.json at"),
+    "index odd": (write_index("[]"), "index.json is no index of shards"),
+    "config missing": (lambda folder: (folder / "config.json").unlink(), "there is no config.json at"),
+    "config torn": (cut("config.json", 40), "config.json is not valid JSON"),
+    "folder missing": (shutil.rmtree, "there is no config.json at"),
 }
 
 
@@ -304,7 +320,8 @@ def test_a_bad_folder_is_refused_with_a_sentence(folder, damage, sentence):
 
 def test_a_scale_of_another_grid_is_refused(fp8_folder):
     rewrite(fp8_folder, lambda tensors: tensors.update({KV_A + "_scale_inv": torch.ones(3, 1)}))
-    with pytest.raises(CheckpointError, match=rf"{KV_A} in .*: a weight of shape \[144, 32\] has scales of shape \[3, 1\].* need \[2, 1\]"):
+    sentence = rf"{KV_A} in .*: a weight of shape \[144, 32\] has scales of shape \[3, 1\].* need \[2, 1\]"
+    with pytest.raises(CheckpointError, match=sentence):
         load_checkpoint(fp8_folder)
 
 
@@ -328,7 +345,8 @@ def test_an_older_checkpoint_is_replaced_whole(model, tmp_path):
     path = tmp_path / "x"
     save_checkpoint(model, path, shard_bytes=40_000)
     save_checkpoint(model, path, "fp32")
-    assert sorted(os.listdir(path)) == ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+    assert sorted(os.listdir(path)) == ["config.json", "model-00001-of-00001.safetensors",
+                                        "model.safetensors.index.json"]
     assert os.listdir(tmp_path) == ["x"]
 
 
@@ -368,11 +386,18 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new_checkpoint(tmp_path, monk
 
 def test_a_full_disk_gives_a_sentence_and_leaves_the_old_checkpoint(model, tmp_path):
     path = tmp_path / "x"
-    save_checkpoint(model, path, "fp32")
-    with small_files_only(8192), pytest.raises(CheckpointError, match="x could not be written .*File too large.*untouched"):
+
+    def save() -> None:
         save_checkpoint(model, path, "fp32")
-    assert_equal(model, load_checkpoint(path))
-    assert every_full_disk(lambda: save_checkpoint(model, path, "fp32"), lambda: assert_equal(model, load_checkpoint(path))) >= 6
+
+    def check() -> None:
+        assert_equal(model, load_checkpoint(path))
+
+    save()
+    with small_files_only(8192), pytest.raises(CheckpointError, match="x could not be written .*too large.*untouched"):
+        save()
+    check()
+    assert every_full_disk(save, check) >= 6
     assert os.listdir(tmp_path) == ["x"]
 
 
