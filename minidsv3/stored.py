@@ -43,11 +43,13 @@ class StoredTensors:
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype, FP8 weights times their scales in fp32 (so that the caller rounds once)."""
         tensor = self._where[name][1].get_tensor(name)
-        if tensor.dtype is not torch.float8_e4m3fn:
+        is_fp8, is_scaled = tensor.dtype is torch.float8_e4m3fn, name + SCALE in self._scales
+        if is_fp8 != is_scaled:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{name} in {self.file(name)} is {kind} and has {'a' if is_scaled else 'no'} "
+                                  f"{name}{SCALE}; FP8 weights need their scales and others have none")
+        if not is_fp8:
             return tensor
-        if name + SCALE not in self._scales:
-            raise CheckpointError(f"{name} in {self.file(name)} is FP8 but has no {name}{SCALE}; "
-                                  "without its scales it means nothing")
         try:
             return dequantize_blocks(tensor, self._where[name + SCALE][1].get_tensor(name + SCALE))
         except CheckpointError as error:

@@ -291,13 +291,14 @@ MISSING_SHARD = '{"weight_map": {"a": "model.safetensors", "b": "model-2.safeten
 UNREADABLE = "model.safetensors cannot be read: truncated or no safetensors file"
 BAD = {
     "tensor missing": (drop(KV_A), f"has no tensor {KV_A}; its config.json asks for it"),
-    "layers missing": (with_config(num_hidden_layers=9, num_nextn_predict_layers=0), r"layers.4.* \(and \d+ more\); its"),
+    "layers missing": (with_config(num_hidden_layers=9, num_nextn_predict_layers=0), r"layers.4.* \(and \d+ more\);"),
     "tensor extra": (put("model.odd.weight", torch.ones(2)), "model.odd.weight in .*safetensors has no place"),
     "scale extra": (put("model.odd.weight_scale_inv", torch.ones(2)), "model.odd.weight_scale_inv in .* has no place"),
     "fewer experts": (with_config(n_routed_experts=8), r"\(and \d+ more\) has no place in the model of config.json"),
     "mis-shaped": (put(KV_A, torch.ones(3, 4)), rf"{KV_A} in .* has shape \[3, 4\]; config.json asks for \[24, 32\]"),
     "other config": (with_config(vocab_size=60), r"has shape \[61, 32\]; config.json asks for \[60, 32\]"),
-    "no scale": (put(KV_A, torch.ones(24, 32).to(torch.float8_e4m3fn)), f"{KV_A} in .* is FP8 but has no {KV_A}_scale"),
+    "no scale": (put(KV_A, torch.ones(24, 32).to(torch.float8_e4m3fn)), f"{KV_A} in .* is float8_e4m3fn and has no"),
+    "scale alone": (put(KV_A + "_scale_inv", torch.ones(1, 1)), f"{KV_A} in .* is float32 and has a {KV_A}_scale_inv"),
     "truncated": (cut("model.safetensors", 50_000), UNREADABLE),
     "empty file": (cut("model.safetensors", 0), UNREADABLE),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing$"),
