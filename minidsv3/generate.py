@@ -21,9 +21,9 @@ from .attention import LatentCache, make_context
 from .kernels.precision import wide
 from .model import Transformer
 
-# A near-tie: the two best logits lie within so many roundings of the best. Where bf16 made speculative text of tiny random
-# models differ from plain text, 72 of 74 first differences were near-ties (65 within 7 roundings), and none in fp32 did.
-NEAR = 16
+# A near-tie: the two best logits differ by at most so many roundings of the best. A pass of two tokens rounds unlike a
+# pass of one, a little in every layer, so the margin is wider than one rounding.
+NEAR = 8
 
 
 class Generation(NamedTuple):
@@ -37,15 +37,19 @@ class Generation(NamedTuple):
 
 
 def generate(model: Transformer, tokens: Tensor | Sequence, max_new_tokens: int, temperature: float = 0.0,
-             top_p: float = 1.0, speculative: bool = False, eos: int | None = None, seed: int | None = None) -> Generation:
+             top_p: float = 1.0, speculative: bool = False, eos: int | None = None,
+             seed: int | None = None) -> Generation:
     """Continues each prompt by at most `max_new_tokens`; a row ends early behind its first `eos`.
 
-    tokens: [B, T] int64, or a list of B prompts (lists of ids or 1-D tensors) of any lengths. A tensor returns a tensor
-    on the model's device [B, T + new], rows that ended early filled up with `eos`; a list returns a list of 1-D tensors.
-    temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut to the fewest best tokens
-    that hold `top_p` of the probability. `speculative` drafts with the first MTP module: greedy text stays what it is, up
-    to rounding (see `near_ties`); drawn text keeps its distribution, though not its tokens for equal seeds. `seed` None
-    draws a fresh one. Raises ValueError for what cannot be continued and for logits that are not finite.
+    tokens: [B, T] int64, or a list of B prompts (lists of ids or 1-D tensors) of any lengths. A list returns a list of
+    1-D tensors, a tensor returns a tensor [B, T + new] in which rows that ended early are filled up with `eos`; both on
+    the model's device. `temperature` 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut to
+    the fewest best tokens that hold `top_p` of the probability. `seed` None draws a fresh one.
+
+    `speculative` drafts with the first MTP module: greedy text stays what it is, up to rounding (see `near_ties`);
+    drawn text keeps its distribution, though a seed gives other tokens than without drafts.
+
+    Raises ValueError for what cannot be continued and for logits that are not finite.
     """
     prompts = _prompts(tokens)
     _check(model, prompts, max_new_tokens, speculative)
@@ -88,8 +92,8 @@ class Sampler:
     def probabilities(self, logits: Tensor) -> Tensor:
         """logits [..., vocab] -> probabilities in at least FP32; at temperature 0 all of it on the best token."""
         if not logits.amax().isfinite():   # the maximum is NaN if one logit is
-            raise ValueError("the model's logits are not finite (NaN or infinity); its weights are damaged, or too large "
-                             "for their dtype")
+            raise ValueError("the model's logits are not finite (NaN or infinity); its weights are damaged, "
+                             "or too large for their dtype")
         logits = wide(logits)
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -103,7 +107,7 @@ class Sampler:
         return torch.multinomial(p.flatten(0, -2), 1, generator=self.generator).view(p.shape[:-1])
 
     def verify(self, draft: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Rejection sampling: a token [B] from p [B, vocab] although draft [B] came from q [B, vocab]; was the draft accepted?
+        """Rejection sampling: tokens [B] from p [B, vocab], given draft [B] from q [B, vocab]; 1 where it is the draft.
 
         Draft x is accepted with probability min(1, p(x) / q(x)); else the token comes from max(p - q, 0), normalised.
         """
@@ -111,7 +115,7 @@ class Sampler:
         accepted = torch.rand(draft.shape, generator=self.generator, device=draft.device) * q_draft < p_draft
         rest = (p - q).clamp(min=0)
         rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)   # p = q: only rounding could refuse
-        return torch.where(accepted, draft, self.draw(rest)), accepted
+        return torch.where(accepted, draft, self.draw(rest)), accepted.long()
 
 
 def nucleus(p: Tensor, top_p: float) -> Tensor:
@@ -136,39 +140,35 @@ class Decoder:
         self.q: Tensor | None = None   # the distribution from which the draft, the last of the window, was drawn
 
     def step(self) -> tuple[list[list[int]], list[list[bool]]]:
-        """One main pass. Returns each row's new tokens (two if its draft was accepted) and which of them were near-ties."""
-        start, draft, q = self.cache.lengths, self.window[:, -1], self.q
+        """One main pass. Returns each row's new tokens, two if its draft was accepted, and which were near-ties."""
+        start = self.cache.lengths
         hidden = self.model.hidden(self.window, self.cache)
-        if q is None:   # the prompt, or plain decoding: one token from the last position
-            logits = self._logits(hidden[self.rows, self.last])[:, None]
-            new = self.sampler.draw(self.sampler.probabilities(logits))
-            extra = torch.zeros_like(self.rows)
+        if self.q is None:   # the prompt, or plain decoding: one token from the last position
+            p = self.sampler.probabilities(self._logits(hidden[self.rows, self.last]))
+            new, accepted, near = self.sampler.draw(p)[:, None], torch.zeros_like(self.rows), [[False]] * len(p)
         else:
             logits = self._logits(hidden)
             p = self.sampler.probabilities(logits)
-            token, accepted = self.sampler.verify(draft, q, p[:, 0])
-            new, extra = torch.stack((token, self.sampler.draw(p[:, 1])), 1), accepted.long()
-        known = start + self.last + extra + 1
+            token, accepted = self.sampler.verify(self.window[:, 1], self.q, p[:, 0])
+            new, near = torch.stack((token, self.sampler.draw(p[:, 1])), 1), self._near_ties(logits)
+        known = start + self.last + accepted + 1
         if self.speculative:
-            self._draft(hidden, new, extra, start)
+            self._draft(hidden, new, accepted, start)
         else:
             self.window, self.last = new, torch.zeros_like(self.last)
         # forget padding and refused drafts; a finished row idles at the end of the cache while others go on
         self.cache.lengths = known.clamp(max=self.cache.capacity - self.window.shape[1])
-        counts = (extra + 1).tolist()
-        near = [[False]] * len(counts) if q is None else self._near_ties(logits)
-        return [row[:n] for row, n in zip(new.tolist(), counts)], near
+        return [row[:1 + more] for row, more in zip(new.tolist(), accepted.tolist())], near
 
-    def _draft(self, hidden: Tensor, new: Tensor, extra: Tensor, start: Tensor) -> None:
-        """Joins each h_j with t_{j+1}, adds the pairs to the module's cache and drafts what follows the last new token."""
+    def _draft(self, hidden: Tensor, new: Tensor, accepted: Tensor, start: Tensor) -> None:
+        """Joins each h_j with t_{j+1}, adds the pairs to the module's cache, and drafts behind the last new token."""
         module = self.model.mtp_modules[0]
         following = torch.cat((self.window[:, 1:], new[:, -1:]), 1)
         following.scatter_(1, self.last[:, None] + torch.arange(new.shape[1], device=self.device), new)
         context = make_context(self.model.config, following.shape, hidden.dtype, self.device, self.cache, start)
         ahead = module(self.model.carried(hidden), following, context)
-        logits = module.logits(ahead[self.rows, self.last + extra])
-        self.q = self.sampler.probabilities(logits)
-        self.window = torch.stack((new[self.rows, extra], self.sampler.draw(self.q)), 1)
+        self.q = self.sampler.probabilities(module.logits(ahead[self.rows, self.last + accepted]))
+        self.window = torch.stack((new[self.rows, accepted], self.sampler.draw(self.q)), 1)
         self.last = torch.zeros_like(self.last)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def _prompts(tokens: Tensor | Sequence) -> list[list[int]]:
         if not all(isinstance(token, int) for token in prompt):
             raise ValueError(f"{whole}; prompt {number} holds something other than whole numbers")
         if not prompt:
-            raise ValueError(f"prompt {number} is empty; it needs at least one token, such as the begin-of-sentence token")
+            raise ValueError(f"prompt {number} is empty; it needs at least one token, such as begin-of-sentence")
     if not prompts:
         raise ValueError(f"there is no prompt; {whole}")
     return [list(prompt) for prompt in prompts]
@@ -219,8 +219,8 @@ def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sp
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if longest + max_new_tokens > config.max_position_embeddings:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's context "
-                         f"of {config.max_position_embeddings}; shorten the prompt or ask for fewer")
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's "
+                         f"context of {config.max_position_embeddings}; shorten the prompt or ask for fewer")
     low, high = min(map(min, prompts)), max(map(max, prompts))
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"token ids run from {low} to {high}; the vocabulary has ids 0 to {config.vocab_size - 1}")

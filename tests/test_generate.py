@@ -68,7 +68,7 @@ def check_text(module):
 
 @torch.no_grad()
 def check_drafts(module):
-    """Every draft comes from the distribution that the module gives for the whole text, without a cache (eqs. 21-23)."""
+    """Every draft comes from the distribution that the module gives for the whole text without a cache (eqs. 21-23)."""
     for seed, shape in enumerate(SHAPES):
         model = tiny_model(seed, **shape)
         decoder = module.Decoder(model, PROMPTS, 40, module.Sampler(1.0, 1.0, seed), speculative=True)
@@ -118,7 +118,7 @@ def exact_distribution(model, sampler, prompt, new):
 
 
 def chi_square_sigmas(module, speculative, temperature, top_p, rows=2000, vocab=4, new=4):
-    """How many standard deviations the counts of all continuations are off their exact distribution; inf: impossible."""
+    """How many standard deviations the counts of all continuations are off the exact distribution; inf: impossible."""
     model, prompt = tiny_model(5, vocab_size=vocab), [2, 3, 1]
     exact = exact_distribution(model, REAL.Sampler(temperature, top_p, 0), prompt, new)
     tokens = torch.tensor([prompt] * rows)
@@ -147,17 +147,16 @@ def test_holds(check):
 
 
 FAULTS = {
-    "padding stays cached": (check_text, "known = start + self.last + extra", "known = start + self.window.shape[1] - 1"),
-    "refused drafts stay cached": (check_text, "known = start + self.last + extra",
-                                   "known = start + self.last + (q is not None)"),
-    "accepted drafts are forgotten": (check_drafts, "known = start + self.last + extra", "known = start + self.last"),
+    "padding stays cached": (check_text, "self.last + accepted + 1", "self.window.shape[1]"),
+    "refused drafts stay cached": (check_text, "self.last + accepted + 1", "self.last + 1 + (self.q is not None)"),
+    "accepted drafts are forgotten": (check_drafts, "self.last + accepted + 1", "self.last + 1"),
     "drafts are kept unverified": (check_text, "torch.where(accepted, draft, self.draw(rest))", "draft"),
-    "the bonus token is dropped": (check_forced, "accepted.long()", "torch.zeros_like(self.rows)"),
+    "the bonus token is dropped": (check_forced, "accepted.long()", "0 * draft"),
     "the bonus comes from the draft's place": (check_forced, "draw(p[:, 1])", "draw(p[:, 0])"),
     "the module's cache starts one late": (check_drafts, "self.cache, start)", "self.cache, start + 1)"),
     "the module's cache starts at 0": (check_drafts, "self.cache, start)", "self.cache, 0 * start)"),
     "the module is fed a refused draft": (check_drafts, "following.scatter_(", "following.scatter("),
-    "the module drafts behind a refused token": (check_drafts, "ahead[self.rows, self.last + extra]", "ahead[:, -1]"),
+    "the module drafts behind a refused token": (check_drafts, "self.rows, self.last + accepted]", ":, -1]"),
     "tokens follow the eos": (check_end, "new.index(eos) + 1", "len(new)"),
     "the eos is cut": (check_end, "new.index(eos) + 1", "new.index(eos)"),
     "every draft is accepted": (check_distribution, "* q_draft < p_draft", "* q_draft >= 0"),
@@ -304,7 +303,7 @@ def test_the_model_is_left_as_it_was():
     (dict(tokens=[[1, 16]]), "from 1 to 16; the vocabulary has ids 0 to 15"),
     (dict(tokens=[[-1]]), "from -1 to -1"),
     (dict(max_new_tokens=0), "max_new_tokens is 0"),
-    (dict(tokens=[[1], [1] * 60], max_new_tokens=5), "60 tokens and 5 new ones are more than the model's context of 64;"),
+    (dict(tokens=[[1], [1] * 60], max_new_tokens=5), "60 tokens and 5 new ones are more than the model's context"),
     (dict(temperature=-1.0), "temperature is -1.0"),
     (dict(temperature=math.nan), "temperature is nan"),
     (dict(top_p=0.0), "top_p is 0.0"),
