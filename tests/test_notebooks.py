@@ -10,6 +10,8 @@ from nbformat import NotebookNode
 from notebooks import FOLDER, NotebookFailed, normalise, process, strip_text
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from minidsv3.course.desk import EXERCISES, QUESTIONS
+
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 BUDGET = 0                  # cells in the whole course that nbval may skip or not compare
 MOST_BYTES = 300_000
@@ -113,6 +115,30 @@ def test_stored_notebook(path, rule):
 
 def test_budget_of_ignored_cells():
     assert sum(len(ignored_cells(nbformat.read(path, as_version=4))) for path in NOTEBOOKS) <= BUDGET
+
+
+def missing_tasks(notebook: NotebookNode, chapter: int) -> list[str]:
+    """Exercises and questions of the chapter that the notebook leaves out, by id."""
+    source = "\n".join(cell.source for cell in code(notebook))
+    calls = [f'course.attempt("{id}", {stub_name(task)})' for id, task in EXERCISES.items() if int(id.split(".")[0]) == chapter]
+    calls += [f'course.quiz("{id}"' for id in QUESTIONS if int(id.split(".")[0]) == chapter]
+    return [call for call in calls if call not in source]
+
+
+def stub_name(task) -> str:
+    return re.search(r"^def (\w+)", task.stub, re.M)[1]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_chapter_holds_its_exercises_and_questions(path):
+    assert not missing_tasks(nbformat.read(path, as_version=4), int(path.stem[:2]))
+
+
+def test_missing_tasks_are_seen():
+    notebook = good_notebook()
+    assert len(missing_tasks(notebook, 0)) == 10
+    notebook.cells.append(new_code_cell('course.attempt("0.1", attention_parameters)\ncourse.quiz("00.loss", choice)'))
+    assert len(missing_tasks(notebook, 0)) == 8
 
 
 # ---- each rule refuses what it should -------------------------------------------------------------------------------

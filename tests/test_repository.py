@@ -151,6 +151,11 @@ def test_ci_runs_what_exists():
     assert "exec make test" in (ROOT / ".ci/run").read_text()
 
 
+def test_make_lab_opens_a_notebook_that_exists():
+    (path,) = re.findall(r"notebooks/\w+\.ipynb", (ROOT / "Makefile").read_text())
+    assert (ROOT / path).is_file()
+
+
 # ---- what the repository says ---------------------------------------------------------------------------------------
 
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(work|home|root|Users|tmp|mnt)/")
