@@ -1,4 +1,4 @@
-"""The table of symbols says what the model has: every name exists, every size is that of nano and of the 671 B model."""
+"""The table of symbols is true: every name exists, every size is that of nano and of the 671 B model."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a stored notebook may hold. Each rule is a function that returns sentences, and is proved by a notebook it refuses."""
+"""What a stored notebook may hold. Each rule returns sentences, and is proved by a notebook that it refuses."""
 
 import base64
 import re
@@ -120,8 +120,10 @@ def test_budget_of_ignored_cells():
 def missing_tasks(notebook: NotebookNode, chapter: int) -> list[str]:
     """Exercises and questions of the chapter that the notebook leaves out, by id."""
     source = "\n".join(cell.source for cell in code(notebook))
-    calls = [f'course.attempt("{id}", {stub_name(task)})' for id, task in EXERCISES.items() if int(id.split(".")[0]) == chapter]
-    calls += [f'course.quiz("{id}"' for id in QUESTIONS if int(id.split(".")[0]) == chapter]
+    def here(id: str) -> bool:
+        return int(id.partition(".")[0]) == chapter
+    calls = [f'course.attempt("{id}", {stub_name(task)})' for id, task in EXERCISES.items() if here(id)]
+    calls += [f'course.quiz("{id}"' for id in QUESTIONS if here(id)]
     return [call for call in calls if call not in source]
 
 

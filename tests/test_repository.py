@@ -1,4 +1,4 @@
-"""The house stands: floors import downwards only, the two ways to install agree, and everything imports without Triton."""
+"""The house stands: imports go down the floors, the two ways to install agree, and nothing needs Triton."""
 
 import ast
 import json
@@ -89,7 +89,8 @@ def test_floor_rules_allow():
 def test_imports_without_triton():
     """macOS and Windows have no Triton: every module imports where the import of it fails."""
     modules = [module_name(path) for path in sources() if path.name != "__main__.py"]
-    blocker = "import importlib, sys; sys.modules['triton'] = None\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    blocker = ("import importlib, sys; sys.modules['triton'] = None\n"
+               "for name in sys.argv[1:]: importlib.import_module(name)")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", blocker, *modules], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -135,7 +136,8 @@ def test_everything_named_is_pinned_and_the_pins_are_what_runs():
     assert needed <= requirement_names(pins)
     for pin in pins:
         name, _, number = pin.partition("==")
-        assert version(name).partition("+")[0] == number, f"{name} {version(name)} is installed, constraints.txt has {number}"
+        found = version(name).partition("+")[0]
+        assert found == number, f"{name} {found} is installed, constraints.txt has {number}"
 
 
 def test_every_package_is_declared():
@@ -164,7 +166,8 @@ LOCAL_PATH = re.compile(r"(?<![\w.:/])/(work|home|root|Users|tmp|mnt)/")
 def texts() -> list[Path]:
     folders = ("", "docs/", "notebooks/", "minidsv3/**/", "kernels/**/", "tools/", "tests/**/")
     kinds = ("*.md", "*.py", "*.ipynb", "*.toml", "*.yml")
-    return sorted({path for folder in folders for kind in kinds for path in ROOT.glob(folder + kind)} - {Path(__file__)})
+    found = {path for folder in folders for kind in kinds for path in ROOT.glob(folder + kind)}
+    return sorted(found - {Path(__file__)})
 
 
 @pytest.mark.parametrize("path", texts(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -182,4 +185,5 @@ def test_local_paths_are_seen():
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)
 def test_modules_open_with_a_docstring(path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path.name} should begin by saying what it is and where the equation is"
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert docstring, f"{path.name} should begin by saying what it is and where the equation is"

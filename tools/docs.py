@@ -17,7 +17,7 @@ def glossary() -> str:
     """Terms in English and Chinese, the letters of the report, and those letters that mean two things."""
     terms = [[f"**{term.english}**", term.chinese, term.sentence, term.section] for term in GLOSSARY]
     clashes = [[letter, meaning] for letter, meaning in CLASHES.items()]
-    return page("Glossary · 术语表", "Terms of the course, with the section of the report (arXiv 2412.19437) that has them.",
+    return page("Glossary · 术语表", "Terms of the course, with their section of the report (arXiv 2412.19437).",
                 table(["term", "中文", "in one sentence", "section"], terms),
                 "## Symbols", symbols()._repr_markdown_(),
                 "## Letters with more than one meaning", table(["letter", "means"], clashes))

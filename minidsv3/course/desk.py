@@ -39,7 +39,7 @@ def exercise(id: str) -> Exercise | Mutants:
 
 
 def attempt(id: str, answer: Callable) -> None:
-    """Judges an answer and prints what there is to say; a function that raises NotImplementedError is not solved yet."""
+    """Judges an answer and prints what there is to say; one that raises NotImplementedError is not solved yet."""
     task = exercise(id)
     if not callable(answer):
         raise ValueError(f"the answer to {id} is {answer!r}; it must be a function: pass its name without calling it")

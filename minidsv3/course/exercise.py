@@ -1,8 +1,8 @@
-"""Exercises. One description serves the reader, who is checked against it, and the tests, which prove that it can refuse.
+"""Exercises. One description serves the reader, who is judged by it, and the tests, which prove that it can refuse.
 
-An `Exercise` asks for a function and runs it on fresh cases. If it agrees with one of the listed wrong answers on all of
-them, that answer's sentence is the reply; otherwise the first case that differs is named, never the solution. `Mutants`
-turns this round: the reader writes a test, and it must fail the wrong functions and spare the right one.
+An `Exercise` asks for a function and runs it on fresh cases. If it agrees with one of the listed wrong answers on all
+of them, that answer's sentence is the reply; otherwise the first case that differs is named, never the solution.
+`Mutants` turns this round: the reader writes a test, and it must fail the wrong functions and spare the right one.
 """
 
 import random
@@ -80,7 +80,8 @@ class Exercise(Task):
 
     def _results(self, function: Callable, seed: object) -> dict[str, object]:
         """Cases are made again for each function, so that none sees what another did to its arguments."""
-        return {case: function(*arguments) for case, arguments in self.cases(random.Random(f"{self.id} {seed}")).items()}
+        cases = self.cases(random.Random(f"{self.id} {seed}"))
+        return {case: function(*arguments) for case, arguments in cases.items()}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -103,7 +104,7 @@ class Mutants(Task):
 
 
 def _complaint(test: Callable, implementation: Callable, seed: object) -> str | None:
-    """What the test raised about an implementation, or None. Its random numbers are the same for every implementation."""
+    """What the test raised about an implementation, or None. Its random numbers are the same for all of them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random.Random(f"{seed}").getrandbits(32))
         try:

@@ -1,4 +1,4 @@
-"""The course's terms: one sentence each, the Chinese term, and the section of the report. Written to docs/glossary.md."""
+"""The course's terms: a sentence each, the Chinese term, the section of the report. Written to docs/glossary.md."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Term(NamedTuple):
 
 GLOSSARY = (
     Term("absorption", "矩阵吸收", "2.1.1",
-         "Moving the up-projections of keys and values to the side of the query, so that attention reads the latent itself."),
+         "Moving the up-projections of keys and values to the query's side, so that attention reads the latent."),
     Term("acceptance rate", "接受率", "5.4.3",
          "The share of drafted tokens that the main model would have written itself."),
     Term("active parameters", "激活参数", "2.1.2",
@@ -30,7 +30,7 @@ GLOSSARY = (
     Term("group, node", "组、节点", "2.1.2", "Experts that live on one machine; a token may go to few of them."),
     Term("key-value cache", "键值缓存", "2.1.1", "What decoding keeps of earlier tokens, so as not to compute it again."),
     Term("latent", "潜在向量", "2.1.1",
-         "The short vector from which a token's keys and values of all heads are expanded, and the only thing kept of them."),
+         "The short vector from which a token's keys and values are expanded, and all that is kept of them."),
     Term("low-rank joint compression", "低秩联合压缩", "2.1.1",
          "One down-projection for keys and values of all heads together."),
     Term("MaxVio", "最大违反度", "", "The largest load above the mean load, over the mean load; 0 is perfect balance."),
@@ -43,7 +43,8 @@ GLOSSARY = (
     Term("routed expert", "路由专家", "2.1.2", "A small feed-forward network that works for the tokens that chose it."),
     Term("sequence-wise loss", "序列级均衡损失", "2.1.2",
          "A very small term of the loss that keeps the load even within single sequences."),
-    Term("shared expert", "共享专家", "2.1.2", "A feed-forward network that works for every token, beside the chosen ones."),
+    Term("shared expert", "共享专家", "2.1.2",
+         "A feed-forward network that works for every token, beside the chosen ones."),
     Term("speculative decoding", "推测解码", "5.4.3",
          "Drafting a token cheaply and having the main model confirm it while it computes the next one."),
     Term("unigram entropy", "一元熵", "",

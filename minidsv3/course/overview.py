@@ -70,7 +70,8 @@ ATTENTION = Exercise(
 """,
     hints=("Print the shapes: `{name: p.shape for name, p in model.model.layers[0].self_attn.named_parameters()}`.",
            "Queries: down to `q_lora_rank`, a norm, up to `heads * (nope + rope)`. Keys and values: down to "
-           "`kv_lora_rank` and one rope key, a norm over the latent alone, up to `heads * (nope + value)`. Then the output."),
+           "`kv_lora_rank` and one rope key, a norm over the latent alone, up to `heads * (nope + value)`. Then the "
+           "output."),
     reference=attention_reference, solution=attention_solution, cases=geometries,
     wrong={
         "norms forgotten": (attention_without_norms, "This leaves out the norms of the two latents. Their gains are "
@@ -78,7 +79,7 @@ ATTENTION = Exercise(
         "a rope key per head": (attention_with_rope_key_per_head, "This gives every head a rotary key of its own, as "
                                 "ordinary attention does. In MLA all heads share one: W^KR has qk_rope_head_dim rows."),
         "no rotary query": (attention_without_rotary_query, "This leaves the rotary part out of the queries. The key "
-                            "is shared by the heads; the query is not: each head has qk_nope_head_dim + qk_rope_head_dim."),
+                            "is shared by the heads, the query not: a head has qk_nope_head_dim + qk_rope_head_dim."),
     })
 
 
@@ -178,9 +179,9 @@ def budgets(source: random.Random) -> dict[str, tuple]:
 BILL = Exercise(
     id="0.3", title="The bill", stars=2, minutes=15,
     why="the most quoted number of the report is a product of four factors; whoever can compute it can also doubt it",
-    statement="Return the dollars of a training run on H800s: pre-training on `tokens` tokens in sequences of 4,096, at the "
-              "fraction `utilisation` of the bf16 peak (989e12 FLOP a second), and `other_hours` for what follows it "
-              "(context extension, post-training). An hour of one GPU costs 2 dollars. Leave MTP out.",
+    statement="Return the dollars of a training run on H800s: pre-training on `tokens` tokens in sequences of 4,096, "
+              "at the fraction `utilisation` of the bf16 peak (989e12 FLOP a second), and `other_hours` for what follows "
+              "it (context extension, post-training). An hour of one GPU costs 2 dollars. Leave MTP out.",
     stub="""def bill(config, tokens, utilisation, other_hours):
     \"\"\"Dollars of a run. cost.training_flops(config, context=4096).main is what one token costs.\"\"\"
     raise NotImplementedError
@@ -190,8 +191,8 @@ BILL = Exercise(
            "then the price."),
     reference=bill_reference, solution=bill_solution, cases=budgets, tol=1e-9,
     wrong={
-        "six times all parameters": (bill_of_all_parameters, "This is 6 x all stored parameters, as for a dense model of "
-                                     "671 B. A token pays for its active parameters (and for attention) only."),
+        "six times all parameters": (bill_of_all_parameters, "This is 6 x all stored parameters, as for a dense model "
+                                     "of 671 B. A token pays for its active parameters (and for attention) only."),
         "pre-training alone": (bill_of_pre_training_alone, "This stops at pre-training. Extending the context and "
                                "post-training cost 124,000 hours more: 5.328 M become 5.576 M dollars."),
         "at the peak": (bill_at_peak, "This takes the GPUs at their peak. No run reaches it: divide by `utilisation`, "
@@ -262,16 +263,16 @@ UNIGRAM = Exercise(
     raise NotImplementedError
 """,
     hints=("Two texts play two parts: one is counted, the other is priced.",
-           "Count the training tokens, add one for each of the `vocab_size` tokens, divide by the new total. Then the mean "
-           "of `-math.log(p[token])` over all held-out tokens together."),
+           "Count the training tokens, add one for each of the `vocab_size` tokens, divide by the new total. Then the "
+           "mean of `-math.log(p[token])` over all held-out tokens together."),
     reference=unigram_reference, solution=unigram_solution, cases=small_corpora, tol=1e-9,
     wrong={
         "bits": (unigram_in_bits, "These are bits. The training loss uses the natural logarithm: multiply by ln 2, or "
                  "call math.log with one argument."),
         "counted on the held-out text": (unigram_counted_on_held_out, "This counts the held-out text itself: it knows "
                                          "the answers. Frequencies must come from the training files."),
-        "mean over files": (unigram_mean_over_files, "This is the mean of the files' means, so that a short file weighs "
-                            "as much as a long one. Take the mean over tokens."),
+        "mean over files": (unigram_mean_over_files, "This is the mean of the files' means, so that a short file "
+                            "weighs as much as a long one. Take the mean over tokens."),
         "no plus one": (unigram_without_plus_one, "A token that training never saw has probability 0 here and costs "
                         "infinitely much. Add one to every count."),
     })
@@ -316,9 +317,9 @@ def norm_test(rms_norm):
 NORM = Mutants(
     id="0.5", title="Kill the mutants: RMSNorm", stars=2, minutes=20,
     why="a test that cannot fail proves nothing; all six of these have been written, by people who tested them",
-    statement="Write a test for `rms_norm(x, weight, eps)`, which returns x / sqrt(mean(x²) + eps) * weight over the last "
-              "dimension: a function that gets an implementation, calls it and asserts. It is run against the package's "
-              "RMSNorm, which it must spare, and against six wrong ones, which it should kill.",
+    statement="Write a test for `rms_norm(x, weight, eps)`, which returns x / sqrt(mean(x²) + eps) * weight over the "
+              "last dimension: a function that gets an implementation, calls it and asserts. It is run against the "
+              "package's RMSNorm, which it must spare, and against six wrong ones, which it should kill.",
     stub="""def norm_test(rms_norm):
     \"\"\"Asserts that rms_norm(x, weight, eps) is right. x is [rows, d], weight is [d].\"\"\"
     raise NotImplementedError
@@ -329,7 +330,8 @@ NORM = Mutants(
     reference=rms_norm_reference, solution=norm_test,
     wrong={
         "no gain": (norm_without_gain, "It leaves out the weight: gains of 1 cannot show that."),
-        "gain plus one": (norm_with_gain_plus_one, "It multiplies by 1 + weight, as some models do: gains of 0 show it."),
+        "gain plus one": (norm_with_gain_plus_one, "It multiplies by 1 + weight, as some models do: no test "
+                          "that only looks at signs or order sees it."),
         "centred first": (norm_of_centred, "It subtracts the mean, as LayerNorm does: give the rows a mean."),
         "mean over everything": (norm_over_everything, "It takes one mean for all rows: a single row, or rows of like "
                                                        "size, cannot show that."),
@@ -352,10 +354,10 @@ QUESTIONS = {
         (Option("that of a 37 B model", "which 37 B they are changes with each token, so all must be at hand."),
          Option("that of a 671 B model", "every expert is some token's choice: 641 GiB as released, in FP8."),
          Option("between the two, since experts are shared by a batch",
-                "the tokens of a batch choose differently, so a batch needs more experts than a token, not fewer.")), 1),
+                "the tokens of a batch choose differently, so it needs more experts than one of them, not fewer.")), 1),
     "00.work": Question(
         "How much arithmetic does one training token cost, compared with a dense model of 671 B?",
-        (Option("as much: 4,026 GFLOP", "that is 6 x 671 B. Experts that a token does not choose compute nothing for it."),
+        (Option("as much: 4,026 GFLOP", "that is 6 x 671 B. Experts that a token does not choose compute nothing."),
          Option("a sixteenth: about 250 GFLOP", "6 for each active parameter, and attention over the context."),
          Option("a thirty-second, since 8 of 256 experts work",
                 "attention, shared experts, the first layers and the head work for every token as well.")), 1),
@@ -373,7 +375,7 @@ QUESTIONS = {
     "00.loss": Question(
         "A model has a loss of 4.0 nats a token. Is it good?",
         (Option("no: good models are near 2", "losses compare only for one tokenizer and one text."),
-         Option("yes: it is far below ln(vocabulary)", "counting tokens already gets far below that, with no context at all."),
+         Option("yes: it is far below ln(vocabulary)", "counting tokens already gets far below that, without context."),
          Option("that depends on the unigram entropy of the text",
                 "below it the model uses context, and only what is below it has been learnt from order.")), 2),
 }

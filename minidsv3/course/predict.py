@@ -45,8 +45,10 @@ class Question:
         """The question with its options as letters, or the answer to the letter that was chosen. Raises ValueError."""
         letters = "abcdefgh"[:len(self.options)]
         if choice is None:
-            return "\n".join([self.text, *(f"  {letter}) {option.text}" for letter, option in zip(letters, self.options))])
+            options = [f"  {letter}) {option.text}" for letter, option in zip(letters, self.options)]
+            return "\n".join([self.text, *options])
         if choice not in letters or len(choice) != 1:
-            raise ValueError(f"the choice is {choice!r}; it must be one of {', '.join(letters)}, or None to see the question")
+            raise ValueError(f"the choice is {choice!r}; it must be one of {', '.join(letters)}, "
+                             "or None to see the question")
         number = letters.index(choice)
         return f"{choice}) is {'right' if number == self.right else 'not right'}: {self.options[number].because}"

@@ -1,6 +1,6 @@
 """The report's letters and where the code has them, with their sizes in the 671 B model and in nano.
 
-Sizes are written out here, and a test holds each against the model itself on the meta device: `find` says where to look.
+Sizes are written out here, and a test holds each against the model on the meta device: `find` says where to look.
 Letters that the report or the course uses twice are listed in `CLASHES`.
 """
 
