@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Sentences(TyperGroup):
-    """Turns refusals into one sentence and exit code 1; other exceptions are faults of ours and keep their traceback."""
+    """Turns refusals into one sentence and code 1; any other exception is a fault of ours and keeps its traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         with warnings.catch_warnings():      # puts `showwarning` back

@@ -44,7 +44,8 @@ def train_flags(corpus: Path, out: Path) -> list[str]:
     values = {**vars(config), **vars(config.model), **vars(config.recipe)}
     nano = train_config("nano", [], None, {})
     presets = {**vars(nano), **vars(nano.model), **vars(nano.recipe)}
-    changed = [name for name in values if values[name] != presets[name] and name not in ("model", "recipe", "source")]
+    own = ("model", "recipe", "source", "init_std")     # the last follows from the width
+    changed = [name for name in values if values[name] != presets[name] and name not in own]
     return ["--corpus", str(corpus), "--out", str(out)] + [
         word for name in changed for word in ("--set", f"{name}={json.dumps(values[name])}")]
 
