@@ -224,6 +224,7 @@ PICTURES = {
     "states": lambda: price_dial.price_dial_states(STATES),
     "loss": lambda: overview.loss_curve([0, 1000, 2000], [8.3, 7.0, 6.0], 6.5, 4096, held_out=6.1),
     "load": lambda: overview.expert_load([10, 90, 40, 60], [50, 52, 49, 49], top_k=2),
+    "tokens": lambda: overview.what_is_predicted(["return", " self", ".", "items", "[", "key", "]\n"]),
     "sample": lambda: overview.written_sample("def f(", "x):\n    return $x$ 中"),
 }
 
@@ -266,3 +267,8 @@ def test_labels_of_the_bars_do_not_overlap():
 def test_loss_curve_needs_a_count_for_each_loss():
     with pytest.raises(ValueError, match="2 token counts for 1 losses"):
         overview.loss_curve([1, 2], [3.0], 6.0, 4096)
+
+
+def test_the_row_of_tokens_has_a_limit():
+    with pytest.raises(ValueError, match="13 tokens"):
+        overview.what_is_predicted(["a"] * 13)

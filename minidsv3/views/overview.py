@@ -112,6 +112,35 @@ def expert_load(before: Sequence[float], after: Sequence[float], top_k: int,
 
 
 @styled
+def what_is_predicted(tokens: Sequence[str]) -> Picture:
+    """A line of tokens with what is predicted from each: the next token, and by MTP the one after it.
+
+    Blanks, line ends and tabs are drawn as signs. At most 12 tokens fit.
+    """
+    if not 3 <= len(tokens) <= 12:
+        raise ValueError(f"there are {len(tokens)} tokens; the picture shows 3 to 12")
+    picture = Picture(9, 2.6, "The running example's tokens in a row. Arrows above lead from each token to the next, "
+                      "dashed arrows below to the one after it; the last tokens have no target.")
+    axes = picture.add_axes((0.01, 0.02, 0.98, 0.96))
+    axes.set(xlim=(-0.6, len(tokens) - 0.4), ylim=(-1.35, 1.35))
+    axes.axis("off")
+    signs = str.maketrans({" ": "\u2423", "\n": "\u23ce", "\t": "\u21e5"})
+    for i, token in enumerate(tokens):
+        axes.text(i, 0, token.translate(signs), ha="center", va="center", family="DejaVu Sans Mono", fontsize=12,
+                  bbox=dict(boxstyle="round,pad=0.4", facecolor=SKY, edgecolor=BLACK))
+    arrow = dict(arrowstyle="-|>", linewidth=1.5)
+    for i in range(len(tokens) - 1):
+        axes.annotate("", (i + 0.95, 0.28), (i + 0.05, 0.28), arrowprops=arrow | dict(
+            color=BLUE, connectionstyle="arc3,rad=-0.5"))
+    for i in range(len(tokens) - 2):
+        axes.annotate("", (i + 1.95, -0.28), (i + 0.05, -0.28), arrowprops=arrow | dict(
+            color=VERMILION, linestyle="--", connectionstyle="arc3,rad=0.35"))
+    axes.text(-0.5, 1.1, "main model: the next token", fontsize=11)
+    axes.text(-0.5, -1.25, "MTP module: one further, seen through the next one", fontsize=11)
+    return picture
+
+
+@styled
 def written_sample(prompt: str, text: str, width: int = 88) -> Picture:
     """What a model wrote, as a picture: the prompt on grey, the rest below. Text is cut to lines of `width` letters."""
     def printable(words: str) -> str:
