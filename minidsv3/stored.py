@@ -33,7 +33,8 @@ class StoredTensors:
                 opened = safe_open(file, "pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{file} cannot be read: truncated or no safetensors file ({error})") from error
-            self._where |= {name: (file, opened) for name in opened.keys()}
+            self._where |= {name: (file, opened) for name in opened.keys()
+                            if 0 not in opened.get_slice(name).get_shape()}   # transformers writes empty shared experts
         self._scales = {name for name in self._where if name.endswith(SCALE)}
         self.names = self._where.keys() - self._scales
 
