@@ -179,9 +179,9 @@ def budgets(source: random.Random) -> dict[str, tuple]:
 BILL = Exercise(
     id="0.3", title="The bill", stars=2, minutes=15,
     why="the most quoted number of the report is a product of four factors; whoever can compute it can also doubt it",
-    statement="Return the dollars of a training run on H800s: pre-training on `tokens` tokens in sequences of 4,096, "
-              "at the fraction `utilisation` of the bf16 peak (989e12 FLOP a second), and `other_hours` for what "
-              "follows it (context extension, post-training). An hour of one GPU costs 2 dollars. Leave MTP out.",
+    statement="Return the dollars of a training run on H800 GPUs: pre-training on `tokens` tokens in sequences of "
+              "4,096, at the fraction `utilisation` of the bf16 peak (989e12 FLOP a second), and `other_hours` for "
+              "what follows it (context extension, post-training). An hour of one GPU costs 2 dollars. Leave MTP out.",
     stub="""def bill(config, tokens, utilisation, other_hours):
     \"\"\"Dollars of a run. cost.training_flops(config, context=4096).main is what one token costs.\"\"\"
     raise NotImplementedError

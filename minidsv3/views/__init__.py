@@ -1,1 +1,1 @@
-"""Figures (matplotlib) and interactive views (ipywidgets). This floor imports the rest; nothing imports it but notebooks."""
+"""Figures (matplotlib) and interactive views (ipywidgets). This floor imports the rest; only notebooks import it."""

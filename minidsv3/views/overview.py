@@ -67,18 +67,19 @@ def loss_curve(tokens: Sequence[float], losses: Sequence[float], unigram: float,
     picture = Picture(9, 4.2, "Training loss over tokens seen, with lines at the loss of guessing uniformly and of "
                       "knowing only how often each token occurs. See where the curve crosses the second line.")
     axes = picture.add_axes((0.08, 0.14, 0.9, 0.8))
-    axes.plot(tokens, losses, color=BLUE, linewidth=1.6)
-    end, lowest = tokens[-1], min(min(losses), unigram, held_out or math.inf)
-    for value, words in ((math.log(vocabulary), f"every token alike: ln {vocabulary:,} = {math.log(vocabulary):.2f}"),
+    axes.plot(tokens, losses, color=BLUE, linewidth=1.6, label="training loss")
+    end, chance = tokens[-1], math.log(vocabulary)
+    for value, words in ((chance, f"every token alike: ln {vocabulary:,} = {chance:.2f}"),
                          (unigram, f"frequencies alone (unigram): {unigram:.2f}")):
         axes.axhline(value, color=DARK, linewidth=1, linestyle="--")
         axes.text(end, value + 0.06, words, ha="right")
-    axes.text(end * 0.5, losses[len(losses) // 2] + 0.4, "training loss", color=BLUE, weight="bold")
     if held_out is not None:
-        axes.plot(end, held_out, "D", color=VERMILION, markersize=8)
-        axes.annotate(f"held-out {held_out:.2f}", (end, held_out), (0, -24), textcoords="offset points", ha="right")
+        axes.plot(end, held_out, "D", color=VERMILION, markeredgecolor=BLACK, markersize=9, linestyle="none",
+                  label=f"held-out text, at the end: {held_out:.2f}")
+    axes.legend(loc="lower left", frameon=False)
+    lowest, highest = min(*losses, unigram, held_out or math.inf), max(*losses, chance)
     axes.set(xlabel="tokens seen (thousands)", ylabel="nats a token", xlim=(0, end * 1.02),
-             ylim=(lowest - 0.6, math.log(vocabulary) + 0.6))
+             ylim=(lowest - 0.6, highest + 0.4))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}")
     return picture
 
