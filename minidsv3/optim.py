@@ -141,7 +141,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "mini": lambda: _small(2 * B, peak_lr=6e-4, warmup=0.05, first_batch=32, last_batch=160),
     # A bias moves by gamma a step and has to cover the spread of the scores, about 0.12 at this width: 0.001 would need
     # more than a hundred steps of the few hundred that there are.
-    "nano": lambda: _small(800_000, peak_lr=3e-3, warmup=0.05, sequence_length=256, first_batch=8, last_batch=8,
+    "nano": lambda: _small(800_000, peak_lr=2e-3, warmup=0.05, sequence_length=256, first_batch=8, last_batch=8,
                            bias_speed=0.01, ema_decay=0.98),
 }
 

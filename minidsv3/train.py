@@ -31,7 +31,7 @@ from .balance import max_violation, update_biases
 from .checkpoint import save_checkpoint
 from .config import ModelConfig
 from .cost import training_bytes
-from .data import (Batch, Corpus, PackedBatches, bits_per_byte, held_out_batches, read_corpus, train_tokenizer,
+from .data import (Batch, Corpus, MixedBatches, bits_per_byte, held_out_batches, read_corpus, train_tokenizer,
                    unigram_entropy)
 from .durable import fsync, replace_file
 from .model import Losses, Transformer
@@ -163,7 +163,7 @@ class Run:
         self.optimizer = AdamW(parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr(0), betas=recipe.betas,
                                eps=recipe.eps, moments=MOMENTS[config.moments])
         self.ema = EMA(self.model, recipe.ema_decay)
-        self.data = PackedBatches(corpus.train, tokenizer, recipe.sequence_length, config.seed, config.fim_rate)
+        self.data = MixedBatches(corpus.train, tokenizer, recipe.sequence_length, config.seed, config.fim_rate)
         self.step = self.tokens = 0
 
     def advance(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from minidsv3 import data
-from minidsv3.data import (SPECIAL_TOKENS, Document, PackedBatches, bits_per_byte, encode, fill_in_the_middle,
+from minidsv3.data import (SPECIAL_TOKENS, Document, MixedBatches, PackedBatches, bits_per_byte, encode, fill_in_the_middle,
                            held_out_batches, train_tokenizer, unigram_entropy)
 
 EOS, BEGIN, HOLE, END = 1, 2, 3, 4
@@ -293,3 +293,41 @@ def test_unigram_entropy_by_hand():
     # counted: a 3, b 1, eos 2, and one more for each of 261 tokens
     expected = -(math.log(4 / 267) + math.log(2 / 267) + math.log(3 / 267)) / 3
     assert got == pytest.approx(expected, rel=1e-12)
+
+
+# ---- mixing documents in a batch ------------------------------------------------------------------------------------
+
+def mixed(tokenizer, lanes=3, **changes):
+    documents = [Document(f"{name}.py", f"{name} = {number}\n" * 40) for number, name in enumerate(["alpha", "beta", "gamma", "delta", "eta"])]
+    return MixedBatches(**dict(documents=documents, tokenizer=tokenizer, length=16, seed=5, lanes=lanes) | changes)
+
+
+def test_mixed_rows_are_the_lanes_rows_in_turn(tokenizer):
+    batches = mixed(tokenizer)
+    lanes = mixed(tokenizer)._lanes
+    batch = batches.next(7)
+    want = torch.cat([lanes[row % 3].next(1).tokens for row in range(7)])
+    assert torch.equal(batch.tokens, want)
+
+
+def test_neighbouring_mixed_rows_come_from_different_documents(tokenizer):
+    batch = mixed(tokenizer).next(12)
+    for above, below in zip(batch.documents[:-1], batch.documents[1:]):
+        assert not set(above.tolist()) & set(below.tolist())
+
+
+@pytest.mark.parametrize("cut", [1, 4, 9])
+def test_mixed_batches_stopped_and_resumed_equal_uninterrupted(tokenizer, cut):
+    whole, first, second = mixed(tokenizer), mixed(tokenizer), mixed(tokenizer)
+    sizes = [3, 1, 5, 2, 8, 4, 1, 6, 7, 3, 2, 9]
+    want = [whole.next(size) for size in sizes]
+    for size in sizes[:cut]:
+        first.next(size)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for size, batch in zip(sizes[cut:], want[cut:]):
+        assert all(torch.equal(got, expected) for got, expected in zip(second.next(size), batch))
+
+
+def test_a_mixed_state_of_other_lanes_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="lanes"):
+        mixed(tokenizer, lanes=2).load_state_dict(mixed(tokenizer).state_dict())
