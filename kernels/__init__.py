@@ -12,4 +12,5 @@ from .route import Routing, route, route_reference
 from .swiglu import swiglu, swiglu_reference
 
 __all__ = ["OPERATIONS", "Operation", "Routing", "cross_entropy", "cross_entropy_reference", "linear_cross_entropy",
-           "linear_cross_entropy_reference", "rms_norm", "rms_norm_reference", "rope", "rope_reference", "route", "route_reference", "swiglu", "swiglu_reference"]
+           "linear_cross_entropy_reference", "rms_norm", "rms_norm_reference", "rope", "rope_reference", "route",
+           "route_reference", "swiglu", "swiglu_reference"]

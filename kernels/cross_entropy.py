@@ -1,7 +1,8 @@
 """Cross-entropy over the vocabulary: -log softmax(logits)[target], in nats; alone, and fused with the output head.
 
-With 129,280 words the logits of one sequence of 4096 tokens weigh 2 GB in FP32, their gradient as much again. The fused
-form never holds them: it takes a few tokens at a time through head, softmax and both gradients while the chunk is in cache.
+With 129,280 words the logits of one sequence of 4096 tokens weigh 2 GB in FP32, their gradient as much again.
+The fused form never holds them: it takes a few tokens at a time through head, softmax and both gradients while the
+chunk is in cache.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""One list of all operations: the tests compare values and gradients from it; a benchmark and the course read it too."""
+"""One list of all operations: the tests compare values and gradients from it, a benchmark and the course read it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ OPERATIONS = {operation.name: operation for operation in (
               lambda n, v, dtype: (_leaf(n, v, dtype=dtype), torch.randint(0, v, (n,))),
               lambda n, v, size: size * n * v + 12 * n, {}),
     Operation("linear_cross_entropy", linear_cross_entropy, linear_cross_entropy_reference,
-              lambda n, v, dtype: (_leaf(n, 24, dtype=dtype), _leaf(v, 24, dtype=dtype), torch.randint(0, v, (n,)), torch.rand(n)),
+              lambda n, v, dtype: (_leaf(n, 24, dtype=dtype), _leaf(v, 24, dtype=dtype),
+                                   torch.randint(0, v, (n,)), torch.rand(n)),
               lambda n, v, size: size * 24 * (n + v) + 12 * n, {}),
 )}

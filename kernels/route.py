@@ -52,9 +52,11 @@ def route(logits: torch.Tensor, bias: torch.Tensor, *, n_group: int, topk_group:
           normalise: bool = True, scaling_factor: float = 1.0) -> Routing:
     """`route_reference`; raises ValueError for shapes that do not fit or groups that cannot hold top_k experts."""
     if logits.dim() != 2 or bias.shape != logits.shape[1:]:
-        raise ValueError(f"route got logits {list(logits.shape)} and bias {list(bias.shape)}; they must be [N, experts] and [experts]")
+        raise ValueError(f"route got logits {list(logits.shape)} and bias {list(bias.shape)}; "
+                         "they must be [N, experts] and [experts]")
     experts = logits.shape[1]
     if experts % n_group or experts // n_group * topk_group < top_k or topk_group > n_group:
-        raise ValueError(f"route cannot take the best {top_k} of {experts} experts from {topk_group} of {n_group} groups")
+        raise ValueError(f"route cannot take the best {top_k} of {experts} experts "
+                         f"from {topk_group} of {n_group} groups")
     return route_reference(logits, bias, n_group=n_group, topk_group=topk_group, top_k=top_k,
                            normalise=normalise, scaling_factor=scaling_factor)

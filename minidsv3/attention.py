@@ -44,7 +44,8 @@ class LatentCache:
                  device: torch.device | str = "cpu"):
         self.rank = config.kv_lora_rank
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        self.values = torch.zeros(layers, batch, length, self.rank + config.qk_rope_head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(layers, batch, length, self.rank + config.qk_rope_head_dim,
+                                  dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @property
@@ -54,7 +55,8 @@ class LatentCache:
 
     @lengths.setter
     def lengths(self, lengths: Tensor) -> None:
-        self._lengths, self.longest = lengths, int(lengths.max())   # kept on the host: a pass need not wait for the device
+        # `longest` is kept on the host: a pass need not wait for the device
+        self._lengths, self.longest = lengths, int(lengths.max())
 
     @torch.compiler.disable
     def advance(self, tokens: int) -> None:
@@ -94,7 +96,8 @@ def make_context(config: ModelConfig, shape: torch.Size, dtype: torch.dtype, dev
                  cache: LatentCache | None = None, start: Tensor | None = None) -> Context:
     """The context of a pass over tokens of shape [B, T]: causal from position 0, or behind each row's cached tokens.
 
-    `start` [B] overrides where the rows begin in the cache. Raises ValueError if the cache is too short or of another batch.
+    `start` [B] overrides where the rows begin in the cache.
+    Raises ValueError if the cache is too short or of another batch.
     """
     batch, length = shape
     steps = torch.arange(length, device=device)
@@ -104,7 +107,8 @@ def make_context(config: ModelConfig, shape: torch.Size, dtype: torch.dtype, dev
         raise ValueError(f"the cache holds {cache.lengths.shape[0]} rows and the tokens {batch}; they must agree")
     end = (cache.longest if start is None else int(start.max())) + length
     if end > cache.capacity:
-        raise ValueError(f"{end} tokens do not fit into a cache of {cache.capacity}; make it longer or the prompt shorter")
+        raise ValueError(f"{end} tokens do not fit into a cache of {cache.capacity}; "
+                         "make it longer or the prompt shorter")
     positions = (cache.lengths if start is None else start)[:, None] + steps
     seen = min(-(-end // VISIBLE_STEP) * VISIBLE_STEP, cache.capacity)
     visible = torch.arange(seen, device=device) <= positions[:, None, :, None]
@@ -126,12 +130,13 @@ class MLA(nn.Module):
         super().__init__()
         self.config, self.layer, self.scale = config, layer, softmax_scale(config)
         d, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
-        self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)                                  # W^DQ
+        rank, rotary = config.kv_lora_rank, config.qk_rope_head_dim
+        self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)                           # W^DQ
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
-        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)         # W^UQ, W^QR a head
-        self.kv_a_proj_with_mqa = nn.Linear(d, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)  # W^DKV, W^KR
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)  # W^UQ, W^QR a head
+        self.kv_a_proj_with_mqa = nn.Linear(d, rank + rotary, bias=False)                      # W^DKV, W^KR
+        self.kv_a_layernorm = RMSNorm(rank, eps)
+        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, d, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -171,7 +176,8 @@ class MLA(nn.Module):
     def absorbed(self, query: Tensor, cached: Tensor, visible: Tensor | None) -> Tensor:
         """The same numbers without any key or value a head: all heads read the cache itself."""
         c, length = self.config, query.shape[1]
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        w_ukv = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
+        w_uk, w_uv = w_ukv.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w_uk)
         logits = torch.einsum("bthc,bsc->bths", torch.cat((q_latent, q_rope), -1), cached) * self.scale

@@ -1,7 +1,7 @@
 """Keeping experts busy without a loss that fights the model (report section 2.1.2).
 
-Auxiliary-loss-free: after each optimiser step every expert's bias moves by gamma, down if it was overloaded on the whole
-batch, up if underloaded. A tiny sequence-wise loss (eqs. 17-20) only keeps single sequences from extremes.
+Auxiliary-loss-free: after each optimiser step every expert's bias moves by gamma, down if it was overloaded on the
+whole batch, up if underloaded. A tiny sequence-wise loss (eqs. 17-20) only keeps single sequences from extremes.
 """
 
 import torch
@@ -19,8 +19,9 @@ def routers(model: torch.nn.Module) -> list[Router]:
 def update_biases(model: torch.nn.Module, load: Tensor, gamma: float) -> None:
     """b_i -= gamma if expert i got more than the mean load, += gamma if less, unchanged if exactly the mean.
 
-    `load` [MoE layers, experts] counts the tokens of the whole step: all micro-batches, all data ranks, once an optimiser
-    step. The report neither scales the step with the violation nor centres it. Raises ValueError for another shape.
+    `load` [MoE layers, experts] counts the tokens of the whole step: all micro-batches, all data ranks, once an
+    optimiser step. The report neither scales the step with the violation nor centres it.
+    Raises ValueError for another shape.
     """
     found = routers(model)
     if load.shape[0] != len(found):

@@ -1,4 +1,4 @@
-"""One layer: x + attention(norm(x)), then x + FFN(norm(x)), where the FFN is dense in the first layers and MoE after."""
+"""One layer: x + attention(norm(x)), then x + FFN(norm(x)); the FFN is dense in the first layers and MoE after."""
 
 from torch import Tensor, nn
 

@@ -55,9 +55,9 @@ class YarnScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Every number that decides the shape and the arithmetic of a `Transformer`. Defaults are the published 671 B model.
+    """Every number that decides the shape and the arithmetic of a `Transformer`.
 
-    Raises `ConfigError` (a ValueError) for values that do not fit together.
+    Defaults are the published 671 B model. Raises `ConfigError` (a ValueError) for values that do not fit together.
     """
 
     vocab_size: int = 129280
@@ -91,7 +91,7 @@ class ModelConfig:
     bos_token_id: int = 0
     eos_token_id: int = 1
     # ours
-    init_std: float | None = None               # None: 0.006 at width 7168 (section 4.2), the same gate spread at others
+    init_std: float | None = None               # None: 0.006 at width 7168 (section 4.2), same gate spread at others
     mtp_order: str = "embedding_first"          # eh_proj reads [emb ; h] in the weights, [h ; emb] in eq. 21
     mtp_hidden: str = "post_norm"               # h^0 after the final norm (engines, transformers), or "pre_norm"
 
@@ -101,11 +101,13 @@ class ModelConfig:
             object.__setattr__(self, "init_std", 0.006 * math.sqrt(7168 / self.hidden_size))
 
     def _validate(self) -> None:
-        zero_is_fine = {"first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts", "bos_token_id", "eos_token_id"}
+        zero_is_fine = {"first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts",
+                        "bos_token_id", "eos_token_id"}
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                _require(isinstance(value, int) and not isinstance(value, bool), f"{field.name} is {value!r}; it must be a whole number")
+                _require(isinstance(value, int) and not isinstance(value, bool),
+                         f"{field.name} is {value!r}; it must be a whole number")
                 least = 0 if field.name in zero_is_fine else 1
                 _require(value >= least, f"{field.name} is {value}; it must be at least {least}")
             elif field.type is bool:
@@ -117,11 +119,14 @@ class ModelConfig:
         _require(self.qk_rope_head_dim % 2 == 0,
                  f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even number")
         _require(self.first_k_dense_replace <= self.num_hidden_layers,
-                 f"first_k_dense_replace is {self.first_k_dense_replace}; the model has only {self.num_hidden_layers} layers")
+                 f"first_k_dense_replace is {self.first_k_dense_replace}; "
+                 f"the model has only {self.num_hidden_layers} layers")
         _require(max(self.bos_token_id, self.eos_token_id) < self.vocab_size,
-                 f"bos_token_id {self.bos_token_id} and eos_token_id {self.eos_token_id} must lie below vocab_size {self.vocab_size}")
+                 f"bos_token_id {self.bos_token_id} and eos_token_id {self.eos_token_id} "
+                 f"must lie below vocab_size {self.vocab_size}")
         _require(self.mtp_order in ("embedding_first", "hidden_first"),
-                 f"mtp_order is {self.mtp_order!r}; it must be 'embedding_first' (released weights) or 'hidden_first' (eq. 21)")
+                 f"mtp_order is {self.mtp_order!r}; "
+                 "it must be 'embedding_first' (released weights) or 'hidden_first' (eq. 21)")
         _require(self.mtp_hidden in ("post_norm", "pre_norm"),
                  f"mtp_hidden is {self.mtp_hidden!r}; it must be 'post_norm' or 'pre_norm'")
         self._validate_groups()
@@ -130,9 +135,11 @@ class ModelConfig:
         experts, groups = self.n_routed_experts, self.n_group
         _require(experts % groups == 0, f"n_group is {groups}; it must divide n_routed_experts, which is {experts}")
         per_group = experts // groups
-        _require(per_group >= 2, f"n_group is {groups} for n_routed_experts {experts}: a group holds {per_group} expert, "
-                                 "but its score is the sum of its two best, so it needs at least 2")
-        _require(self.topk_group <= groups, f"topk_group is {self.topk_group}; there are only n_group = {groups} groups to choose from")
+        _require(per_group >= 2,
+                 f"n_group is {groups} for n_routed_experts {experts}: a group holds {per_group} expert, "
+                 "but its score is the sum of its two best, so it needs at least 2")
+        _require(self.topk_group <= groups,
+                 f"topk_group is {self.topk_group}; there are only n_group = {groups} groups to choose from")
         _require(self.num_experts_per_tok <= self.topk_group * per_group,
                  f"num_experts_per_tok is {self.num_experts_per_tok}; the {self.topk_group} chosen groups hold only "
                  f"{self.topk_group * per_group} experts")
@@ -157,11 +164,15 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "ModelConfig":
-        """`nano` (2 CPU cores, 12.1 M parameters), `mini` (one GPU, 1.24 B) or `full` (671 B), with any field overridden."""
+        """The preset `name`, with any field overridden.
+
+        `nano` (2 CPU cores, 12.1 M parameters), `mini` (one GPU, 1.24 B) or `full` (671 B).
+        """
         _require(name in PRESETS, f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(overrides) - known)
-        _require(not unknown, f"{', '.join(unknown)} is no field of ModelConfig; its fields are {', '.join(sorted(known))}")
+        _require(not unknown, f"{', '.join(unknown)} is no field of ModelConfig; "
+                              f"its fields are {', '.join(sorted(known))}")
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
@@ -174,14 +185,17 @@ class ModelConfig:
         hub = dict(source) if isinstance(source, dict) else _read_config_file(Path(source))
         for key, right in ONLY.items():
             value = hub.get(key, right)
-            _require(value == right, f"{key} is {value!r}; DeepSeek-V3 has {right!r} and this code computes nothing else")
+            _require(value == right,
+                     f"{key} is {value!r}; DeepSeek-V3 has {right!r} and this code computes nothing else")
         heads, kv_heads = hub.get("num_attention_heads"), hub.get("num_key_value_heads")
-        _require(kv_heads in (None, heads), f"num_key_value_heads is {kv_heads}; latent attention expands one key for each of the {heads} heads")
+        _require(kv_heads in (None, heads),
+                 f"num_key_value_heads is {kv_heads}; latent attention expands one key for each of the {heads} heads")
         rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
         known = {field.name for field in fields(cls)} - {"rope_scaling", "rope_theta"}
         values = {key: value for key, value in hub.items() if key in known and value is not None}
         absent = sorted(known - values.keys() - MAY_BE_ABSENT)
-        _require(not absent, f"the config has no {', '.join(absent)}; a DeepSeek-V3's config.json gives a value for each")
+        _require(not absent,
+                 f"the config has no {', '.join(absent)}; a DeepSeek-V3's config.json gives a value for each")
         values |= {key: value for key, value in hub.get("minidsv3", {}).items() if key in OURS}
         theta = rope.pop("rope_theta", hub.get("rope_theta", 10000.0))
         return cls(**values, rope_theta=float(theta), rope_scaling=_yarn_from_hub(rope))
@@ -193,7 +207,8 @@ class ModelConfig:
                "ep_size": 1, "use_cache": True}
         hub["minidsv3"] = {name: hub.pop(name) for name in OURS}
         if self.rope_scaling is not None:
-            hub["rope_scaling"] = {"type": "yarn", **{k: v for k, v in asdict(self.rope_scaling).items() if v is not None}}
+            yarn = {key: value for key, value in asdict(self.rope_scaling).items() if value is not None}
+            hub["rope_scaling"] = {"type": "yarn", **yarn}
         return hub
 
     def replace(self, **overrides) -> "ModelConfig":
@@ -207,14 +222,16 @@ ONLY = {"attention_bias": False, "hidden_act": "silu", "moe_layer_freq": 1, "rop
 ROPE_ONLY = {"attention_factor": None, "partial_rotary_factor": 1.0, "truncate": True}
 
 OURS = ("init_std", "mtp_order", "mtp_hidden")
-# Fields that a hub's file may leave out: then the dataclass's value holds. A missing width would mean the 671 B model's.
+# Fields that a hub's file may leave out: then the dataclass's value holds.
+# A missing width would mean the 671 B model's.
 MAY_BE_ABSENT = {"norm_topk_prob", "num_nextn_predict_layers", "rms_norm_eps", "bos_token_id", "eos_token_id", *OURS}
 
 PRESETS: dict[str, dict] = {
     "full": {},
     "mini": dict(
         vocab_size=32768, hidden_size=1024, num_hidden_layers=12, first_k_dense_replace=1, intermediate_size=2816,
-        num_attention_heads=16, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
+        num_attention_heads=16, q_lora_rank=512, kv_lora_rank=256,
+        qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
         n_routed_experts=64, num_experts_per_tok=8, moe_intermediate_size=512, n_group=8, topk_group=4,
         max_position_embeddings=4096, rope_scaling=None),
     "nano": dict(
@@ -239,7 +256,8 @@ def _read_config_file(path: Path) -> dict:
 def _yarn_from_hub(rope: dict) -> YarnScaling | None:
     """`rope_scaling` of the hub or `rope_parameters` of transformers 5, without its `rope_theta`."""
     kind = rope.pop("rope_type", rope.pop("type", "default"))
-    _require(kind in ("default", "yarn"), f"the rotary embedding is of type {kind!r}; DeepSeek-V3 has 'default' or 'yarn'")
+    _require(kind in ("default", "yarn"),
+             f"the rotary embedding is of type {kind!r}; DeepSeek-V3 has 'default' or 'yarn'")
     if kind == "default":
         return None
     for key, right in ROPE_ONLY.items():

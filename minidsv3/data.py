@@ -20,8 +20,8 @@ from torch import Tensor
 
 from minidsv3.corpus import Corpus, Document, read_corpus
 
-__all__ = ["Batch", "Corpus", "Document", "MixedBatches", "PackedBatches", "bits_per_byte", "encode", "fill_in_the_middle",
-           "held_out_batches", "read_corpus", "train_tokenizer", "unigram_entropy"]
+__all__ = ["Batch", "Corpus", "Document", "MixedBatches", "PackedBatches", "bits_per_byte", "encode",
+           "fill_in_the_middle", "held_out_batches", "read_corpus", "train_tokenizer", "unigram_entropy"]
 
 BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 FIM_BEGIN, FIM_HOLE, FIM_END = "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"
@@ -189,11 +189,12 @@ class PackedBatches:
 
 
 class MixedBatches:
-    """Training batches whose rows come from different documents: row r of the run is the next row of lane r mod `lanes`.
+    """Training batches whose rows come from different documents.
 
-    Each lane is a `PackedBatches` over its own share of the documents. Rows of one stream stand side by side in one file,
-    so a small batch of them is nearly one sample: nano ended at 4.95 nats with it (0.8 M tokens), at 4.20 with lanes
-    (0.9 M). The state is one position a lane; everything else, and what is refused, is as in `PackedBatches`.
+    Row r of the run is the next row of lane r mod `lanes`. Each lane is a `PackedBatches` over its own share of the
+    documents. Rows of one stream stand side by side in one file, so a small batch of them is nearly one sample: nano
+    ended at 4.95 nats with it (0.8 M tokens), at 4.20 with lanes (0.9 M). The state is one position a lane; everything
+    else, and what is refused, is as in `PackedBatches`.
     """
 
     def __init__(self, documents: list[Document], tokenizer: Tokenizer, length: int, seed: int, fim_rate: float = 0.1,
@@ -201,11 +202,12 @@ class MixedBatches:
         if not documents:
             raise ValueError("there are no documents to pack; give at least one")
         count = min(lanes, len(documents))
-        self._lanes = [PackedBatches(documents[lane::count], tokenizer, length, seed, fim_rate) for lane in range(count)]
+        self._lanes = [PackedBatches(documents[lane::count], tokenizer, length, seed, fim_rate)
+                       for lane in range(count)]
         self._row = 0
 
     def next(self, sequences: int) -> Batch:
-        """The next batch of `sequences` rows, whose document numbers are unique in the batch. Raises ValueError below 1."""
+        """The next batch of `sequences` rows; document numbers are unique in the batch. Raises ValueError below 1."""
         if sequences < 1:
             raise ValueError(f"sequences is {sequences}; a batch needs at least 1")
         lanes = [row % len(self._lanes) for row in range(self._row, self._row + sequences)]

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 in one page: embedding, layers, norm, head, and the modules that predict further ahead (report section 2).
+"""DeepSeek-V3 in one page: embedding, layers, norm, head, and modules that predict further ahead (report section 2).
 
 Parameter names are the hub's (`model.layers.3.self_attn.q_a_proj.weight`). The same class is nano and the 671 B model.
 """
@@ -64,8 +64,9 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, cache: LatentCache | None = None, record: list[Routing] | None = None) -> Tensor:
         """Logits [B, T, vocab] for tokens [B, T] int64.
 
-        With a cache the tokens stand behind each row's cached ones and are added to them. `record` collects the `Routing`
-        of every MoE layer. Raises ValueError for ids outside the vocabulary and for more tokens than positions.
+        With a cache the tokens stand behind each row's cached ones and are added to them.
+        `record` collects the `Routing` of every MoE layer.
+        Raises ValueError for ids outside the vocabulary and for more tokens than positions.
         """
         return self.lm_head(self.model.norm(self.hidden(tokens, cache, record)))
 
@@ -89,7 +90,8 @@ class Transformer(nn.Module):
         """The training objective for sequences of T inputs and their targets (eqs. 17-25).
 
         tokens [B, T + 1] int64. `documents` [B, T + 1] numbers the packed documents, so that MTP never predicts across
-        one's end; the next-token loss and attention do cross, as in the report's pre-training. MTP runs if its weight is not 0.
+        one's end; the next-token loss and attention do cross, as in the report's pre-training.
+        MTP runs if its weight is not 0.
         """
         record: list[Routing] = []
         hidden = self.hidden(tokens[:, :-1], record=record)
@@ -119,10 +121,13 @@ class Transformer(nn.Module):
     @torch.compiler.disable   # reads values on the host
     def _check(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.numel() == 0:
-            raise ValueError(f"tokens have shape {list(tokens.shape)}; they must be [batch, tokens] with at least one token")
+            raise ValueError(f"tokens have shape {list(tokens.shape)}; "
+                             "they must be [batch, tokens] with at least one token")
         if tokens.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than the model's context of {self.config.max_position_embeddings}")
+            raise ValueError(f"{tokens.shape[1]} tokens are more than "
+                             f"the model's context of {self.config.max_position_embeddings}")
         if tokens.device.type == "cpu":   # elsewhere the check would wait for the device; the embedding refuses there
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"token ids run from {low} to {high}; the vocabulary has ids 0 to {self.config.vocab_size - 1}")
+                raise ValueError(f"token ids run from {low} to {high}; "
+                                 f"the vocabulary has ids 0 to {self.config.vocab_size - 1}")

@@ -1,4 +1,4 @@
-"""DeepSeekMoE: many small experts, a few of them chosen for each token, one shared by all (report section 2.1.2, eq. 12).
+"""DeepSeekMoE: many small experts, a few chosen for each token, one shared by all (report section 2.1.2, eq. 12).
 
 No token is ever dropped. Tokens are sorted by expert, each expert multiplies its own rows (a grouped matmul), and the
 results return to their tokens with the router's weights. `Experts.loop` says the same one expert at a time.
@@ -26,13 +26,17 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Affinities and choice, in at least FP32 whatever the model's dtype: bf16 logits choose other experts (13 % of tokens)."""
+    """Affinities and choice, in at least FP32 whatever the model's dtype.
+
+    With bf16 logits 13 % of the tokens choose other experts.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))   # rows e_i
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))  # b_i: moved by balance.py
+        # b_i: moved by balance.py
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, x: Tensor) -> Routing:
         """x [N, hidden] -> `Routing`."""
@@ -40,7 +44,8 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(wide), self.weight.to(wide))
             return route(logits, self.e_score_correction_bias, n_group=c.n_group, topk_group=c.topk_group,
-                         top_k=c.num_experts_per_tok, normalise=c.norm_topk_prob, scaling_factor=c.routed_scaling_factor)
+                         top_k=c.num_experts_per_tok, normalise=c.norm_topk_prob,
+                         scaling_factor=c.routed_scaling_factor)
 
     def _apply(self, fn, recurse=True):
         """`model.to(bfloat16)` leaves the bias in FP32: steps of 0.001 would vanish beside a bias of 2."""
@@ -89,19 +94,20 @@ class Experts(nn.Module):
         return y.view(*routing.experts.shape, -1).sum(1)
 
     def grouped(self, x: Tensor, routing: Routing) -> Tensor:
-        """The same with one grouped matmul for all experts: rows sorted by expert, `ends` says where each one's rows end."""
+        """The same with one grouped matmul: rows sorted by expert, `ends` says where each expert's rows end."""
         chosen = routing.experts.shape[1]
         order = routing.experts.flatten().argsort(stable=True)
         ends = routing.load.cumsum(0).to(torch.int32)
         rows = x.index_select(0, order // chosen)
         gate, up = F.grouped_mm(rows, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, -1)
-        weight = routing.weights.flatten().index_select(0, order).to(x.dtype)   # down_proj is linear: weighing before it is cheaper
+        # down_proj is linear: weighing before it is cheaper
+        weight = routing.weights.flatten().index_select(0, order).to(x.dtype)
         y = F.grouped_mm(swiglu(gate, up) * weight[:, None], self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
         return y.index_select(0, order.argsort()).unflatten(0, (-1, chosen)).sum(1)
 
 
 def has_grouped_mm(x: Tensor) -> bool:
-    """Whether torch has a grouped matmul for x's dtype and device: on CPUs not in float64, on GPUs in bfloat16 alone."""
+    """Whether torch has a grouped matmul for x's dtype and device: on CPUs not in float64, on GPUs only in bfloat16."""
     return x.dtype in (torch.float32, torch.bfloat16) if x.device.type == "cpu" else x.dtype is torch.bfloat16
 
 

@@ -1,6 +1,8 @@
-"""Multi-token prediction: module k sees t_1..t_{i+k} and predicts t_{i+k+1}, keeping the causal chain (report section 2.2).
+"""Multi-token prediction (report section 2.2).
 
-    h'_i = M_k [RMSNorm(h_i^{k-1}) ; RMSNorm(Emb(t_{i+k}))]    (21)     h^k = TRM_k(h')  (22)     P^k = OutHead(h^k)  (23)
+Module k sees t_1..t_{i+k} and predicts t_{i+k+1}, keeping the causal chain.
+
+    h'_i = M_k [RMSNorm(h_i^{k-1}) ; RMSNorm(Emb(t_{i+k}))]  (21)     h^k = TRM_k(h')  (22)     P^k = OutHead(h^k)  (23)
 
 Token i combines with token i + k and is scored on token i + k + 1. The released `eh_proj` reads the embedding first.
 """

@@ -26,14 +26,15 @@ def inverse_frequencies(config: ModelConfig) -> tuple[float, ...]:
 
 
 def yarn_ramp(config: ModelConfig) -> tuple[int, int]:
-    """The first and the last pair of YaRN's ramp: those that turn beta_fast and beta_slow times in the original context.
+    """First and last pair of YaRN's ramp: those that turn beta_fast and beta_slow times in the original context.
 
     At full size (10, 23): pairs up to 10 keep their frequency, from 23 on it is divided by the factor.
     """
     d, yarn = config.qk_rope_head_dim, config.rope_scaling
 
     def pair(turns: float) -> float:
-        return d * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        positions_per_radian = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return d * math.log(positions_per_radian) / (2 * math.log(config.rope_theta))
 
     return max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), d - 1)
 
@@ -53,7 +54,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def rotary_amplitude(yarn: YarnScaling | None) -> float:
-    """What cos and sin are multiplied by: 1, unless a config's two mscales differ or one is missing (the hub's rule)."""
+    """The factor of cos and sin: 1, unless a config's two mscales differ or one is missing (the hub's rule)."""
     if yarn is None:
         return 1.0
     if yarn.mscale and yarn.mscale_all_dim:

@@ -183,6 +183,26 @@ def test_local_paths_are_seen():
     assert not LOCAL_PATH.search("https://example.org/home/x and docs/work/x")
 
 
+def too_long(source: str, columns: int = 120) -> list[int]:
+    """Numbers of the lines with more characters than `columns`."""
+    return [number for number, line in enumerate(source.splitlines(), start=1) if len(line) > columns]
+
+
+def test_no_python_line_is_longer_than_120_columns():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: nothing says which files are tracked")
+    listed = subprocess.run(["git", "ls-files", "-z", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    assert Path(__file__) in paths
+    faults = [f"{path.relative_to(ROOT)}:{number}" for path in paths
+              for number in too_long(path.read_text(encoding="utf-8"))]
+    assert not faults, f"longer than 120 columns: {', '.join(faults)}"
+
+
+def test_long_lines_are_seen():
+    assert too_long("\n" + "é" * 120 + "\n" + "x" * 121 + "\n") == [3]
+
+
 @pytest.mark.parametrize("path", sources(), ids=module_name)
 def test_modules_open_with_a_docstring(path):
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
