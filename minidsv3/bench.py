@@ -1,15 +1,14 @@
-"""Speed on a CPU beside transformers: training steps and greedy decoding at nano's geometry, in one run, rounds interleaved.
+"""Speed on a CPU beside transformers: training and greedy decoding at nano's geometry, in one run, rounds interleaved.
 
 Every contender does the same work in the same dtype: random weights, the same tokens, MTP off, AdamW (fused) and
-clipping inside the training step. A number is the median of its rounds. transformers enters in several variants, with and
-without torch.compile; what counts is the fastest. Compiled decoding takes the prompt uncompiled on both sides.
+clipping inside the training step. A number is the median of its rounds. transformers enters in several variants, with
+and without torch.compile; what counts is the fastest. Compiled decoding takes the prompt uncompiled on both sides.
 """
 
 import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -39,11 +38,12 @@ def bench_cpu(out: Path, rounds: int = 5, compiled: bool = True) -> dict:
     Needs transformers (the peer). `compiled=False` leaves torch.compile out, which needs a C++ compiler and minutes.
     """
     results = {"command": " ".join(["python -m minidsv3", *sys.argv[1:]]), "machine": machine(),
-               "what": f"nano, MTP off; training {BATCH} x {LENGTH} tokens a step; greedy decoding of {NEW} tokens behind {PROMPT}; "
-                       f"tokens a second, medians of {rounds} interleaved rounds"}
+               "what": f"nano, MTP off; training {BATCH} x {LENGTH} tokens a step; greedy decoding of {NEW} tokens behind "
+                       f"{PROMPT}; tokens a second, medians of {rounds} interleaved rounds"}
     bar = tqdm(total=4, desc="bench cpu", unit="part")
     for name, autocast in (("train_fp32", False), ("train_bf16_autocast", True)):
-        results[name] = interleave({who: build() for who, build in training_builders(autocast).items()}, BATCH * LENGTH, rounds)
+        steps = {who: build() for who, build in training_builders(autocast).items()}
+        results[name] = interleave(steps, BATCH * LENGTH, rounds)
         bar.update()
     results["decode_fp32"] = interleave(decoding_contenders(compiled), NEW, rounds)
     bar.update()
@@ -160,7 +160,7 @@ def _compiled_ours(model: Transformer, prompt: torch.Tensor) -> Callable[[], Non
 
 
 def _compiled_peer(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[], None]:
-    """The peer's best case known to us: a static cache and one compiled step; `freezing` makes its compiled code fail."""
+    """The peer's best case known to us: a static cache and one compiled step; `freezing` makes its code fail."""
     from transformers import StaticCache
 
     def pass_over(tokens: torch.Tensor, cache, positions: torch.Tensor) -> torch.Tensor:
@@ -182,6 +182,7 @@ def _compiled_peer(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[],
 
 def _peak_of_training(name: str) -> float:
     """Peak resident memory in MB of three training steps in this process, model, optimiser and imports included."""
+    import resource   # not on Windows
     run = training_builders(autocast=False)[name]()
     for _ in range(3):
         run()
@@ -196,7 +197,9 @@ def in_fresh_process(function: Callable, *arguments):
 def machine() -> dict:
     """What the numbers hang on: processor, threads, versions."""
     from importlib.metadata import version
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
-        if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    return {"processor": names[0], "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers")}}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from minidsv3 import data
-from minidsv3.data import (SPECIAL_TOKENS, Document, MixedBatches, PackedBatches, bits_per_byte, encode, fill_in_the_middle,
-                           held_out_batches, train_tokenizer, unigram_entropy)
+from minidsv3.data import (SPECIAL_TOKENS, Document, MixedBatches, PackedBatches, bits_per_byte, encode,
+                           fill_in_the_middle, held_out_batches, train_tokenizer, unigram_entropy)
 
 EOS, BEGIN, HOLE, END = 1, 2, 3, 4
 SOURCE = "def f(x):\n    return x + 1234567\n\n\nclass A:\n    name = 'é'\n    def g(self):\n        return f(self)\n"
@@ -298,7 +298,7 @@ def test_unigram_entropy_by_hand():
 # ---- mixing documents in a batch ------------------------------------------------------------------------------------
 
 def mixed(tokenizer, lanes=3, **changes):
-    documents = [Document(f"{name}.py", f"{name} = {number}\n" * 40) for number, name in enumerate(["alpha", "beta", "gamma", "delta", "eta"])]
+    documents = [Document(f"{name}.py", f"{name} = 1\n" * 40) for name in ("alpha", "beta", "gamma", "delta", "eta")]
     return MixedBatches(**dict(documents=documents, tokenizer=tokenizer, length=16, seed=5, lanes=lanes) | changes)
 
 
