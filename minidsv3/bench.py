@@ -38,8 +38,8 @@ def bench_cpu(out: Path, rounds: int = 5, compiled: bool = True) -> dict:
     Needs transformers (the peer). `compiled=False` leaves torch.compile out, which needs a C++ compiler and minutes.
     """
     results = {"command": " ".join(["python -m minidsv3", *sys.argv[1:]]), "machine": machine(),
-               "what": f"nano, MTP off; training {BATCH} x {LENGTH} tokens a step; greedy decoding of {NEW} tokens behind "
-                       f"{PROMPT}; tokens a second, medians of {rounds} interleaved rounds"}
+               "what": f"nano, MTP off; training {BATCH} x {LENGTH} tokens a step; greedy decoding of {NEW} tokens "
+                       f"behind {PROMPT}; tokens a second, medians of {rounds} interleaved rounds"}
     bar = tqdm(total=4, desc="bench cpu", unit="part")
     for name, autocast in (("train_fp32", False), ("train_bf16_autocast", True)):
         steps = {who: build() for who, build in training_builders(autocast).items()}
@@ -181,12 +181,12 @@ def _compiled_peer(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[],
 # ---- memory and machine -----------------------------------------------------------------------------------------
 
 def _peak_of_training(name: str) -> float:
-    """Peak resident memory in MB of three training steps in this process, model, optimiser and imports included."""
-    import resource   # not on Windows
+    """Peak resident memory in MB of three training steps in this process, imports included (Linux: VmHWM)."""
     run = training_builders(autocast=False)[name]()
     for _ in range(3):
         run()
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
 
 
 def in_fresh_process(function: Callable, *arguments):
