@@ -299,7 +299,7 @@ def test_the_model_is_left_as_it_was():
     (dict(tokens=[1, 2]), "entry 0 is 1"),
     (dict(tokens=["text"]), "entry 0 is 'text'"),
     (dict(tokens=[[1.5]]), "whole numbers"),
-    (dict(tokens=torch.rand(1, 3)), "whole numbers"),
+    (dict(tokens=torch.full((1, 3), 0.5)), "whole numbers"),
     (dict(tokens=[[1, 16]]), "from 1 to 16; the vocabulary has ids 0 to 15"),
     (dict(tokens=[[-1]]), "from -1 to -1"),
     (dict(max_new_tokens=0), "max_new_tokens is 0"),
