@@ -13,7 +13,7 @@ lab: $(READY)  ## open the course in JupyterLab
 	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_overview.ipynb
 
 test: $(READY)  ## run everything: unit tests, comparisons with peers, every notebook cell against its stored output
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-scalar: $(READY)  ## run the notebooks with torch's scalar code: outputs must not hang on one CPU
 	@ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest notebooks
