@@ -140,6 +140,7 @@ class MLA(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, d, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, T, hidden] -> [B, T, hidden] (eq. 11); with a cache the tokens are written to it and read it all."""
         query = self.query(x, context)
         cached = self.compress(x, context)
         if context.cache is not None:

@@ -95,6 +95,7 @@ def peer(attention: str, experts: str) -> torch.nn.Module:
 
 
 def training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor], autocast: bool) -> Callable[[], None]:
+    """A function that takes one step: forward, backward, clipping to norm 1, fused AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
