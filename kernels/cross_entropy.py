@@ -48,6 +48,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():   # evaluation: two of the three matrix products are for gradients
+        hidden, weight = hidden.detach(), weight.detach()
     token_weights = token_weights.to(torch.promote_types(hidden.dtype, torch.float32))   # the dtype of the logits
     return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights)
 

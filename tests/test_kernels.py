@@ -225,3 +225,12 @@ def test_gradient_reaches_all_scores_in_the_sum_and_never_the_bias():
 def test_shapes_that_do_not_fit_are_refused_in_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_evaluation_computes_no_gradients_of_the_head(monkeypatch):
+    hidden, weight = torch.randn(4, 3).requires_grad_(), torch.randn(7, 3).requires_grad_()
+    arguments = hidden, weight, torch.tensor([0, 1, 2, 6]), torch.ones(4)
+    want = linear_cross_entropy(*arguments).item()
+    monkeypatch.setattr(torch, "mm", lambda *_, **__: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        assert linear_cross_entropy(*arguments).item() == want

@@ -2,7 +2,7 @@
 
     python tools/readme_figures.py [runs/nano]
 
-With the folder of a finished run its log and result are stored first.
+With the folder of a finished run its log and result are stored first; do that on the machine that trained it.
 """
 
 import json
