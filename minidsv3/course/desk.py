@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import torch
 
-from . import overview
+from . import mla, mtp, overview, router
 from .exercise import Exercise, Mutants
 
-EXERCISES = {task.id: task for task in overview.EXERCISES}
-QUESTIONS = overview.QUESTIONS
+CHAPTERS = (overview, mla, router, mtp)
+EXERCISES = {task.id: task for chapter in CHAPTERS for task in chapter.EXERCISES}
+QUESTIONS = {name: question for chapter in CHAPTERS for name, question in chapter.QUESTIONS.items()}
 
 _student: object = 0
 _failed: set[str] = set()

@@ -41,6 +41,7 @@ class Task:
     reference: Callable                             # the package's function: the truth
     solution: Callable                              # what a reader could have written
     wrong: dict[str, tuple[Callable, str]]          # name -> (function, what to say to it)
+    cases: Callable[[random.Random], dict[str, tuple]]   # arguments, each with words that name the case
 
     def _repr_markdown_(self) -> str:
         stars = "★" * self.stars + "☆" * (3 - self.stars)
@@ -55,9 +56,8 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Exercise(Task):
-    """Write a function. `cases` makes arguments from a source of random numbers, each with words that name the case."""
+    """Write a function, which is judged on the `cases` that a source of random numbers makes."""
 
-    cases: Callable[[random.Random], dict[str, tuple]]
     tol: float = 0.0
 
     def judge(self, answer: Callable, seed: object) -> Verdict:
@@ -86,7 +86,10 @@ class Exercise(Task):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Mutants(Task):
-    """Write a test: a function that takes an implementation and asserts. `solution` is such a test."""
+    """Write a test: a function that takes an implementation and asserts. `solution` is such a test.
+
+    `cases` are arguments on which every mutant differs from the others, which proves that none is counted twice.
+    """
 
     def judge(self, answer: Callable, seed: object) -> Verdict:
         """Runs the test on the right implementation and on every wrong one."""

@@ -305,6 +305,13 @@ def norm_by_length(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps) * weight
 
 
+def uneven_rows(source: random.Random) -> dict[str, tuple]:
+    """A batch on which no two of the norms agree: rows with a mean, uneven gains, an eps that matters."""
+    generator = torch.Generator().manual_seed(source.getrandbits(32))
+    x, weight = torch.randn(3, 5, generator=generator).double() + 0.5, torch.randn(5, generator=generator).double()
+    return {"three rows": (x, weight, 0.1)}
+
+
 def norm_test(rms_norm):
     torch.manual_seed(1)
     x = torch.randn(3, 5, dtype=torch.float64) * torch.tensor([[0.01], [1.0], [30.0]], dtype=torch.float64) + 0.2
@@ -327,7 +334,7 @@ NORM = Mutants(
     hints=("Which inputs make a wrong implementation look right? One row, gains of 1, eps far below x.",
            "Several rows of unlike size, each with a mean; gains that differ; an eps that matters; float64 and a small "
            "tolerance. Compute what is right by hand, row by row."),
-    reference=rms_norm_reference, solution=norm_test,
+    reference=rms_norm_reference, solution=norm_test, cases=uneven_rows,
     wrong={
         "no gain": (norm_without_gain, "It leaves out the weight: gains of 1 cannot show that."),
         "gain plus one": (norm_with_gain_plus_one, "It multiplies by 1 + weight, as some models do: no test "
