@@ -240,6 +240,39 @@ def training_flops(config: ModelConfig, context: int = 4096) -> Flops:
                  mtp=6 * (active.mtp + modules * active.head) + modules * attention)
 
 
+def draft_cost(config: ModelConfig) -> float:
+    """c: the weights that one MTP module multiplies for a draft, the head's included, over those of a main pass.
+
+    0.044 at full size: where decoding waits for weights, that is the share of time which a draft adds to a pass.
+    Raises ValueError for a config without modules.
+    """
+    modules, active = config.num_nextn_predict_layers, active_parameters(config)
+    if not modules:
+        raise ValueError("num_nextn_predict_layers is 0; a draft needs an MTP module")
+    return (active.mtp / modules + active.head) / active.multiplied
+
+
+def tokens_per_pass(acceptance: float, depth: int = 1) -> float:
+    """Expected tokens of one speculative pass that verifies `depth` drafts, each accepted with probability `acceptance`
+    if all before it were: 1 + p + ... + p^depth (Leviathan et al. 2023, eq. 1)."""
+    if not 0 <= acceptance <= 1:
+        raise ValueError(f"acceptance is {acceptance}; it is a probability, from 0 to 1")
+    if depth < 0:
+        raise ValueError(f"depth is {depth}; it counts drafts and is at least 0")
+    return sum(acceptance ** accepted for accepted in range(depth + 1))
+
+
+def speculative_speed(acceptance: float, draft: float, depth: int = 1) -> float:
+    """Times as fast as plain decoding: `tokens_per_pass` over 1 + depth * c, with c = `draft` (see `draft_cost`).
+
+    It takes a pass over depth + 1 tokens for as long as a pass over one: true while reading the weights is what takes
+    time, so for small batches.
+    """
+    if draft < 0:
+        raise ValueError(f"draft is {draft}; it is the cost of a draft over that of a pass, 0 or more")
+    return tokens_per_pass(acceptance, depth) / (1 + depth * draft)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GpuHours:
     """H800 hours of the final runs (report, table 1)."""

@@ -1,5 +1,7 @@
 """Counts against the published integers, against the model itself, and with every field moved."""
 
+import itertools
+import math
 import random
 
 import pytest
@@ -152,7 +154,29 @@ def test_training_bytes():
     assert cost.training_bytes(FULL, "fp8") == 13 * (671_026_419_200 + 11_610_068_224)
 
 
+def test_speculative_decoding_at_the_report_s_acceptance():
+    """Section 5.4.3: 85 to 90 % accepted, 1.8 times the tokens a second."""
+    assert cost.draft_cost(FULL) == (688_100_352 + 926_679_040) / 36_625_603_584
+    assert [round(cost.speculative_speed(p, cost.draft_cost(FULL)), 2) for p in (0.85, 0.9)] == [1.77, 1.82]
+    nano = cost.draft_cost(ModelConfig.preset("nano"))
+    assert round(nano, 3) == 0.357 and cost.speculative_speed(nano, nano) == pytest.approx(1)
+    assert cost.draft_cost(FULL.replace(num_nextn_predict_layers=2)) == cost.draft_cost(FULL)
+
+
+@pytest.mark.parametrize("acceptance, depth", [(0.0, 1), (0.3, 1), (0.85, 3), (1.0, 2), (0.5, 0)])
+def test_tokens_per_pass_is_the_mean_over_all_ways_to_accept(acceptance, depth):
+    mean = 0.0
+    for accepted in itertools.product((0, 1), repeat=depth):
+        chance = math.prod(acceptance if each else 1 - acceptance for each in accepted)
+        mean += chance * (1 + next((i for i, each in enumerate(accepted) if not each), depth))
+    assert cost.tokens_per_pass(acceptance, depth) == pytest.approx(mean, abs=1e-12)
+
+
 @pytest.mark.parametrize("call, words", [
+    (lambda: cost.draft_cost(FULL.replace(num_nextn_predict_layers=0)), "a draft needs an MTP module"),
+    (lambda: cost.tokens_per_pass(1.2), "acceptance is 1.2"),
+    (lambda: cost.tokens_per_pass(0.5, -1), "depth is -1"),
+    (lambda: cost.speculative_speed(0.5, -0.1), "draft is -0.1"),
     (lambda: cost.kv_cache_bytes(FULL, tokens=0), "tokens is 0"),
     (lambda: cost.training_flops(FULL, context=-4), "context is -4"),
     (lambda: cost.hours(1e9, 1e12, mfu=39), "mfu is 39"),
