@@ -12,7 +12,7 @@ from minidsv3 import cost
 from minidsv3.config import ModelConfig
 from minidsv3.views import model_map as maps
 from minidsv3.views import overview, price_dial, style, svg
-from minidsv3.views.explore import explore, slider
+from minidsv3.views.explore import explore, log_slider, slider
 
 FULL, NANO = ModelConfig.preset("full"), ModelConfig.preset("nano")
 STATES = {
@@ -205,6 +205,14 @@ def test_preset_moves_all_sliders():
     assert view.facts() == price_dial.price_dial_facts(price_dial.dial_state("nano"))
 
 
+def test_log_slider_holds_its_value_and_round_steps():
+    control = log_slider("tokens", 14_800.0, 1.5, 4.5)
+    labels, steps = zip(*control.options)
+    assert control.value == 14_800.0 and control.label == "14,800"
+    assert (labels[0], labels[10], labels[-1]) == ("31.6", "100", "31,600") and len(steps) == 61
+    assert all(1.05 < after / before < 1.19 for before, after in zip(steps, steps[1:]))
+
+
 def test_controls_are_visible_and_wrong_moves_are_refused():
     view = price_dial.price_dial()
     assert all(control.description for control in view.controls.values())
@@ -212,6 +220,8 @@ def test_controls_are_visible_and_wrong_moves_are_refused():
         view.set(heads=3)
     with pytest.raises(ValueError, match="experts cannot be 9000"):
         view.set(experts=9000)
+    with pytest.raises(ValueError, match="billion_tokens cannot be 9.0"):
+        view.set(billion_tokens=9.0)
     with pytest.raises(ValueError, match="'k' has no description"):
         explore(str, dict, k=slider("", 1, 0, 2))
 

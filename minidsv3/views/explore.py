@@ -4,10 +4,12 @@ A view is two pure functions: `render(state) -> str` (a sentence and an SVG) and
 numbers. Everything they show can be tested without a browser, and the cell after a view moves its controls in code.
 """
 
+import math
 from collections.abc import Callable
 from html import escape
 
 import ipywidgets
+from traitlets import TraitError
 
 LABEL = {"description_width": "220px"}
 WIDE = {"width": "640px"}
@@ -35,7 +37,10 @@ class View(ipywidgets.VBox):
         for name, value in values.items():
             if name not in self.controls:
                 raise ValueError(f"this view has no control {name!r}; its controls are {', '.join(self.controls)}")
-            self.controls[name].value = value
+            try:
+                self.controls[name].value = value
+            except TraitError:
+                raise ValueError(f"{name} cannot be {value!r}: its control has no such step") from None
             if self.controls[name].value != value:
                 raise ValueError(f"{name} cannot be {value!r}; the control went to {self.controls[name].value!r}")
         return self
@@ -69,10 +74,17 @@ def slider(description: str, value: int, low: int, high: int, step: int = 1) -> 
     return ipywidgets.IntSlider(value, low, high, step, description=description, style=LABEL, layout=WIDE)
 
 
-def log_slider(description: str, value: float, low: float, high: float) -> ipywidgets.FloatLogSlider:
-    """A slider over powers of ten, from 10^low to 10^high."""
-    return ipywidgets.FloatLogSlider(value, min=low, max=high, step=0.05, readout_format=".4g",
-                                     description=description, style=LABEL, layout=WIDE)
+def log_slider(description: str, value: float, low: float, high: float) -> ipywidgets.SelectionSlider:
+    """A slider from 10^low to 10^high, twenty steps a power of ten, each rounded to three digits.
+
+    The step nearest to `value` is `value` itself. FloatLogSlider keeps to its own grid as soon as a browser draws it,
+    and the view would open with another number than the one it was given.
+    """
+    steps = [float(f"{10 ** (low + i / 20):.3g}") for i in range(round(20 * (high - low)) + 1)]
+    nearest = min(range(len(steps)), key=lambda i: abs(math.log(steps[i] / value)))
+    steps[nearest] = value
+    return ipywidgets.SelectionSlider(options=[(f"{step:,.10g}", step) for step in steps], value=value,
+                                      description=description, style=LABEL, layout=WIDE)
 
 
 def choice(description: str, value: str, options: list[str]) -> ipywidgets.Dropdown:

@@ -110,9 +110,12 @@ def _ribbons(top: float, bottom: float, above: dict[str, float], below: dict[str
 
 
 def _legend(top: float) -> str:
-    """Names of the parts, in the order of the bars."""
-    return "".join(rectangle(LEFT + 144 * i, top, 16, 14, fill) + text(LEFT + 21 + 144 * i, top + 12, name, 13)
-                   for i, (name, fill) in enumerate(PARTS.items()))
+    """Names of the parts, in the order of the bars, each with room for eight pixels a letter: wide fonts need them."""
+    drawn, left = [], LEFT
+    for name, fill in PARTS.items():
+        drawn.append(rectangle(left, top, 16, 14, fill) + text(left + 21, top + 12, name, 13))
+        left += 41 + 8 * len(name)
+    return "".join(drawn)
 
 
 DIALS = {"stored": "parameters stored", "flops_per_token": "work of a training token", "hours": "H800 hours",
