@@ -61,5 +61,7 @@ def _agree(got: Tensor, want: Tensor, tol: float) -> Tensor:
     """Where the two agree. Whole numbers are compared as such: float64 would round parameter counts above 2^53."""
     if got.is_floating_point() or want.is_floating_point():
         got, want = got.double(), want.double()
+    elif want.dtype is torch.bool:
+        got, want = got.long(), want.long()
     room = tol * want.abs().clamp(min=1)
     return (got == want) | ((got - want).abs() <= room) & want.isfinite()
