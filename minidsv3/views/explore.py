@@ -51,12 +51,19 @@ class View(ipywidgets.VBox):
 
     def table(self) -> str:
         """The same numbers as an HTML table, for reading aloud or copying."""
-        rows = "".join(f"<tr><th scope='row'>{escape(name)}</th><td>{escape(f'{value:,}')}</td></tr>"
+        rows = "".join(f"<tr><th scope='row'>{escape(name)}</th><td>{escape(_written(value))}</td></tr>"
                        for name, value in self.facts().items())
         return f"<table>{rows}</table>"
 
     def _draw(self, _change=None) -> None:
         self.drawing.value = self._render(self.state)
+
+
+def _written(value: int | str | tuple) -> str:
+    """A fact as words: whole numbers with commas, several of them in a row."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_written, value))
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def explore(render: Callable[[dict], str], facts: Callable[[dict], dict], **controls: ipywidgets.Widget) -> View:
@@ -89,3 +96,8 @@ def log_slider(description: str, value: float, low: float, high: float) -> ipywi
 
 def choice(description: str, value: str, options: list[str]) -> ipywidgets.Dropdown:
     return ipywidgets.Dropdown(options=options, value=value, description=description, style=LABEL, layout=WIDE)
+
+
+def text_field(description: str, value: str) -> ipywidgets.Text:
+    """A line of text; the drawing follows when the reader presses Enter or leaves the field."""
+    return ipywidgets.Text(value=value, description=description, style=LABEL, layout=WIDE, continuous_update=False)
