@@ -58,7 +58,7 @@ CLAIMS = (
           value=lambda runs: above(runs, "plain_equal_flops", than="mtp"), least=0.02),
     Claim(id="acceptance_of_the_report",
           claim="At least 85 % of the drafts are accepted in greedy text, mean of the kinds (report: 85 to 90 %).",
-          value=lambda runs: accepted_share(runs, "mtp") - 0.85, least=0.0),
+          value=lambda runs: accepted_share(runs, "mtp"), least=0.85),
     Claim(id="beats_bigram",
           claim="Of MTP's drafts at least 10 points more are accepted than of the bigram table's, mean of the kinds.",
           value=lambda runs: accepted_share(runs, "mtp") - accepted_share(runs, "bigram"), least=0.1),
@@ -184,10 +184,9 @@ def mtp_loss(model: Transformer, rows: Tensor) -> float | None:
 
 
 def measure(model: Transformer, data: dict, bigram: Tensor) -> dict:
-    """The held-out part of a run's entry. `model` is on the CPU."""
+    """What a run's entry says about drafts and kinds. `model` is on the CPU."""
     written = {kind: acceptance(model, rows, bigram) for kind, rows in data["kinds"].items()}
-    return {"held_out": held_out_loss(model, data["held_out"]),
-            "held_out_by_kind": {kind: held_out_loss(model, rows) for kind, rows in data["kinds"].items()},
+    return {"held_out_by_kind": {kind: held_out_loss(model, rows) for kind, rows in data["kinds"].items()},
             "mtp_held_out": mtp_loss(model, data["held_out"]),
             "acceptance": {kind: shares for kind, (shares, _) in written.items()},
             "agreement": {kind: agreement(model, rows, bigram) for kind, rows in data["kinds"].items()},
@@ -232,8 +231,8 @@ def run(variant: str, seed: int, options: Options, data: dict) -> dict:
     for done, _ in training(model, recipe, tokens, documents, objective_of(model, recipe), options.precision):
         if done in curve_steps(steps):
             curve.append([done * a_step, held_out_loss(copy.deepcopy(model).cpu(), data["held_out"])])
-    return {"variant": variant, "seed": seed, "tokens": steps * a_step, "curve": curve,
-            **measure(model.cpu(), data, bigram_table(tokens, config.vocab_size)),
+    return {"variant": variant, "seed": seed, "tokens": steps * a_step, "held_out": curve[-1][1],
+            "curve": curve, **measure(model.cpu(), data, bigram_table(tokens, config.vocab_size)),
             "seconds": round(time.perf_counter() - began, 1)}
 
 

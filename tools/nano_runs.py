@@ -12,12 +12,11 @@ import math
 import multiprocessing
 import os
 import platform
-import sys
 import tempfile
 import tokenize
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,26 +82,26 @@ def read_options(description: str, out: Path, model: ModelConfig, tokens: int) -
 def split_source(source: str) -> tuple[str, str] | None:
     """Python source -> (code, comments and docstrings), or None where `tokenize` refuses it.
 
-    A docstring is any string that is a statement of its own. The code keeps its layout; lines left empty go.
+    A docstring is any string that is a statement of its own. The code keeps its layout, without the lines that are
+    left empty.
     """
-    lines = source.splitlines(keepends=True)
-    code, comments, fresh = list(lines), [], True
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (tokenize.TokenError, SyntaxError):
         return None
+    taken, fresh = [], True
     for token, after in zip(tokens, tokens[1:]):
         docstring = token.type == tokenize.STRING and fresh and after.type in (tokenize.NEWLINE, tokenize.COMMENT)
         if token.type == tokenize.COMMENT or docstring:
-            comments.append(token.string)
-            (first, start), (last, end) = token.start, token.end
-            for number in range(first - 1, last):
-                left = lines[number][:start] if number == first - 1 else ""
-                right = lines[number][end:] if number == last - 1 else "\n"
-                code[number] = code[number][:len(left)] + right
+            taken.append(token)
         if token.type not in (tokenize.COMMENT, tokenize.NL):
             fresh = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    return "".join(line for line in code if line.strip()), "\n".join(comments) + "\n"
+    code = source.splitlines(keepends=True)
+    for token in reversed(taken):                     # from the end, so that the places of the others hold
+        (first, start), (last, end) = token.start, token.end
+        left = code[first - 1][:start] + code[last - 1][end:]
+        code[first - 1:last] = [left] if left.strip() else []
+    return "".join(code), "\n".join(token.string for token in taken) + "\n"
 
 
 def by_kind(documents: list[Document]) -> dict[str, list[Document]]:
@@ -329,7 +328,7 @@ class Claim:
 
     id: str
     claim: str
-    value: Callable[[dict[str, dict]], float] = field(repr=False)      # runs of one seed by method
+    value: Callable[[dict[str, dict]], float]      # runs of one seed by method
     least: float = 0.0
     most: float | None = None
 
@@ -370,4 +369,4 @@ def main(experiment: Callable[[Options], dict], options: Options) -> None:
     """Runs the experiment and prints its verdicts."""
     print(f"{options.steps} steps a run, {options.workers} workers on {options.device}", flush=True)
     for claim in experiment(options)["claims"]:
-        print(f"{claim['holds']}: {claim['claim']} -> {claim['verdict']}", file=sys.stdout)
+        print(f"{claim['holds']}: {claim['claim']} -> {claim['verdict']}", flush=True)
