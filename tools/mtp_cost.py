@@ -1,7 +1,7 @@
 """What the MTP module costs and what it saves on a CPU: training steps, passes of decoding, speculative generation.
 
     python -m minidsv3 train --preset nano --tokens 400000
-    python tools/mtp_cost.py                         about five minutes; nothing else should run
+    python tools/mtp_cost.py                         about two minutes; nothing else should run
 
 Times are medians of interleaved rounds. The same prompts of held-out text are continued one by one, in fours and all
 eight together. What one pass costs is timed behind a cache of the length that these texts have on average: the main
@@ -25,7 +25,7 @@ from minidsv3.train import load_run
 
 OUT = Path(__file__).parents[1] / "results" / "mtp_cost.json"
 COMMAND = "python -m minidsv3 train --preset nano --tokens {tokens}; python tools/mtp_cost.py"
-BATCHES, PROMPTS, PROMPT, NEW, ROUNDS = (1, 4, 8), 8, 48, 96, 5
+BATCHES, PROMPTS, PROMPT, NEW, ROUNDS = (1, 4, 8), 8, 48, 64, 5
 
 # Written before the run. `found` is what main() measured; each claim reads its own numbers from it.
 CLAIMS = {
@@ -60,7 +60,7 @@ def training() -> dict:
     """A step of nano with and without MTP: milliseconds, FLOPs and peak memory, and their ratios."""
     plain, mtp = bench.OURS, bench.OURS_MTP
     builders = bench.training_builders(autocast=False)
-    step = medians({"plain": builders[plain](), "mtp": builders[mtp]()}, rounds=9)
+    step = medians({"plain": builders[plain](), "mtp": builders[mtp]()}, rounds=7)
     peak = {name: bench.in_fresh_process(bench._peak_of_training, who) for name, who in
             (("plain", plain), ("mtp", mtp))}
     flops = cost.training_flops(bench.nano(1), bench.LENGTH)
@@ -86,7 +86,7 @@ def passes(model: Transformer, batch: int) -> dict[str, float]:
         context = make_context(model.config, tokens.shape, hidden.dtype, hidden.device, cache, start)
         module.logits(module(model.carried(hidden), tokens, context)[:, -1]).argmax(-1)
 
-    return medians({"main": lambda: main(1), "main_of_two": lambda: main(2), "module": draft}, rounds=201)
+    return medians({"main": lambda: main(1), "main_of_two": lambda: main(2), "module": draft}, rounds=75)
 
 
 def decoding(model: Transformer, prompts: list[list[int]]) -> dict:
