@@ -44,7 +44,7 @@ METHODS = {
 
 
 class GroupedAttention(nn.Module):
-    """Grouped-query attention (multi-head where groups = heads), in the place of `MLA`: x [B, T, hidden] to the same."""
+    """Grouped-query attention, multi-head where groups = heads, in the place of `MLA`: x [B, T, hidden] to its like."""
 
     def __init__(self, config: ModelConfig, method: Heads):
         super().__init__()
@@ -149,7 +149,8 @@ def experiment(options: Options) -> dict:
                 f"{options.sequences} x {options.length} tokens; the nano recipe scaled to {options.tokens} tokens, "
                 f"{options.precision}; no balance loss; measured in fp32 on about {options.held_out_tokens} "
                 "held-out tokens",
-        "claims": [], "methods": {name: method.words if method else "the package's" for name, method in METHODS.items()},
+        "claims": [], "methods": {name: method.words if method else "the "
+                                                                    "package's" for name, method in METHODS.items()},
         "attention_parameters": {name: weights_of_attention(name, config) for name in methods},
         "cached_values": {name: cached_values(name, config) for name in methods}}
 

@@ -42,7 +42,8 @@ def ratio(times: Times, slow: str, fast: str, context: int = CONTEXTS[-1]) -> fl
 
 # Written before the run. `found` is what main() measured, by geometry; each claim reads its own numbers from it.
 CLAIMS = {
-    "cache_pays": ("behind 4,096 tokens a latent cache makes a token at least 20 times as fast as no cache, at both sizes",
+    "cache_pays": ("behind 4,096 tokens a latent cache makes a token at least 20 times as fast as no cache, at both "
+                   "sizes",
                    lambda found: min(ratio(found[name], "none", "absorbed") for name in found) >= 20),
     "absorbing_pays": ("behind 4,096 tokens absorbing is at least 5 times as fast as expanding again, at both sizes",
                        lambda found: min(ratio(found[name], "expanded", "absorbed") for name in found) >= 5),

@@ -84,8 +84,8 @@ CACHE = Exercise(
                             "in joint compression."),
         "times heads": (cache_times_heads, "This multiplies by the number of heads. The latent has no head index: all "
                         "heads are expanded from the same numbers."),
-        "a rope key per head": (cache_with_rope_key_per_head, "This gives every head a rotary key of its own. All heads "
-                                "share one, which is why it is called the shared key."),
+        "a rope key per head": (cache_with_rope_key_per_head, "This gives every head a rotary key of its own. All "
+                                "heads share one, which is why it is called the shared key."),
         "the MTP layer too": (cache_with_mtp, "This counts the MTP module's layer as well (62 layers at full size). "
                               "The main model has `num_hidden_layers`."),
     })
@@ -159,18 +159,19 @@ LOGITS = Exercise(
     \"\"\"[T, S]: products of queries and keys, scaled as the released code scales them.\"\"\"
     raise NotImplementedError
 """,
-    hints=("The scale keeps the standard deviation of a sum of independent products at 1. How many products are summed?",
+    hints=("The scale keeps the standard deviation of a sum of independent products at 1. How many products are "
+           "summed?",
            "One dot product over 128 + 64 numbers, so 1/sqrt(192). With YaRN times t squared, where t = 0.1 * "
            "mscale_all_dim * ln(factor) + 1: once for the query's side and once for the key's."),
     reference=logits_reference, solution=logits_solution, cases=logit_cases, tol=1e-9,
     wrong={
         "content width": (logits_over_content_width, "This is what 1/sqrt(128) gives: the product runs over 128 + 64 "
                           "numbers."),
-        "each part by its own root": (logits_part_by_part, "This scales content and position each by its own width. Each "
-                                      "part then has standard deviation 1 and their sum 1.41: it is one dot product "
-                                      "over 192 numbers."),
-        "mscale once": (logits_with_mscale_once, "This multiplies by YaRN's factor once (0.0988 at full size). Query and "
-                        "key both get it, so the logit gets its square: 0.1352."),
+        "each part by its own root": (logits_part_by_part, "This scales content and position each by its own width. "
+                                      "Each part then has standard deviation 1 and their sum 1.41: it is one dot "
+                                      "product over 192 numbers."),
+        "mscale once": (logits_with_mscale_once, "This multiplies by YaRN's factor once (0.0988 at full size). Query "
+                        "and key both get it, so the logit gets its square: 0.1352."),
         "mscale missing": (logits_without_mscale, "This leaves YaRN's factor out (0.0722 at full size): right only "
                            "where `rope_scaling` is None."),
         "mscale on the rotary part": (logits_with_mscale_on_rope, "This scales the rotary part alone, as the report's "
@@ -260,7 +261,8 @@ def absorbed_cases(source: random.Random) -> dict[str, tuple]:
 
 ABSORBED = Exercise(
     id="1.3", title="Absorb", stars=2, minutes=25,
-    why="decoding speed of every DeepSeek model since V2 rests on these few products, and each has a plausible wrong twin",
+    why="decoding speed of every DeepSeek model since V2 rests on these few products, and each has a plausible wrong "
+        "twin",
     statement="Compute attention without ever making a key or a value of a head. `q_nope` [T, heads, d] and rotated "
               "`q_rope` [T, heads, r] ask; every query may look at all S tokens, of which the projection gave `latent` "
               "[S, rank], **not yet normed**, and `k_rope` [S, r], already rotated. `gain` [rank] is the norm's (eps "
@@ -272,15 +274,15 @@ ABSORBED = Exercise(
 """,
     hints=("For one head: q · (W c) = (q W) · c. Which index of W^UK meets q, and which meets c?",
            "Norm the latents once. Rows of `kv_b` belong to heads, each first d key rows, then v value rows. Fold W^UK "
-           "into the query (d becomes rank), take products with the latents, add the rotary products, scale, softmax, mix "
-           "the *latents*, and only then apply W^UV."),
+           "into the query (d becomes rank), take products with the latents, add the rotary products, scale, softmax, "
+           "mix the *latents*, and only then apply W^UV."),
     reference=absorbed_reference, solution=absorbed_solution, cases=absorbed_cases, tol=1e-9,
     wrong={
-        "keys, then values": (partial(faulty_absorbed, split=split_keys_then_values), "This reads `kv_b` as the keys of "
-                              "all heads followed by the values of all heads. Its rows go head by head: d for the key, "
-                              "then v for the value, then the next head."),
-        "not transposed": (partial(faulty_absorbed, fold="thr,hdr->thd"), "This multiplies the query with W^UK from the "
-                           "wrong side. W^UK is [d, rank] and the query meets its d rows: q W, not W q."),
+        "keys, then values": (partial(faulty_absorbed, split=split_keys_then_values), "This reads `kv_b` as the keys "
+                              "of all heads followed by the values of all heads. Its rows go head by head: d for the "
+                              "key, then v for the value, then the next head."),
+        "not transposed": (partial(faulty_absorbed, fold="thr,hdr->thd"), "This multiplies the query with W^UK from "
+                           "the wrong side. W^UK is [d, rank] and the query meets its d rows: q W, not W q."),
         "not normed": (partial(faulty_absorbed, normed=no_norm), "This uses the latent as the projection gave it. "
                        "`kv_a_layernorm` stands between it and W^UK."),
         "normed twice": (partial(faulty_absorbed, normed=norm_twice), "This norms the latent twice. It is normed once, "
@@ -399,29 +401,29 @@ def decode_cases(source: random.Random) -> dict[str, tuple]:
 DECODE = Exercise(
     id="1.4", title="One step on the latent cache", stars=3, minutes=40,
     why="a cache that is off by one position still writes fluent text; only equality with the full pass shows it",
-    statement="Decode. `x` [T, hidden] are the new tokens' inputs to attention, `cached` [n, rank + r] holds the normed "
-              "latent and the rotated key of the n tokens before them. `w` maps hub names to weights, as "
+    statement="Decode. `x` [T, hidden] are the new tokens' inputs to attention, `cached` [n, rank + r] holds the "
+              "normed latent and the rotated key of the n tokens before them. `w` maps hub names to weights, as "
               "`w[\"q_a_proj.weight\"]`. Return the outputs [T, hidden] and the cache of all n + T tokens. "
-              "You may use `minidsv3.rope.rope_table`, `minidsv3.rope.softmax_scale` and `minidsv3.kernels.rope`. T may "
-              "be more than 1: speculative decoding asks for two tokens at once.",
+              "You may use `minidsv3.rope.rope_table`, `minidsv3.rope.softmax_scale` and `minidsv3.kernels.rope`. T "
+              "may be more than 1: speculative decoding asks for two tokens at once.",
     stub="""def decode(x, cached, w, config):
     \"\"\"(outputs [T, hidden], cache [n + T, rank + r]) of T tokens that follow n cached ones.\"\"\"
     raise NotImplementedError
 """,
     hints=("Which position does the first new token have? Which of the new tokens may it look at?",
-           "Positions n to n + T - 1. Queries: down, norm, up, rotate the last r channels of each head. New cache rows: "
-           "norm the latent, rotate the key. Append. Attend in either form; new token i sees n + i + 1 rows. Then "
-           "`o_proj`. With the functions of the package: `cos, sin = rope_table(config, positions[None], x.dtype)`, then "
-           "`rope(q_rope[None], cos, sin)[0]` for q_rope [T, heads, r]."),
+           "Positions n to n + T - 1. Queries: down, norm, up, rotate the last r channels of each head. New cache "
+           "rows: norm the latent, rotate the key. Append. Attend in either form; new token i sees n + i + 1 rows. "
+           "Then `o_proj`. With the functions of the package: `cos, sin = rope_table(config, positions[None], "
+           "x.dtype)`, then `rope(q_rope[None], cos, sin)[0]` for q_rope [T, heads, r]."),
     reference=decode_reference, solution=decode_solution, cases=decode_cases, tol=1e-9,
     wrong={
-        "position restarts": (partial(faulty_decode, restart=True), "This counts positions from 0 again. The new tokens "
-                              "stand behind the cached ones: the first has position n."),
+        "position restarts": (partial(faulty_decode, restart=True), "This counts positions from 0 again. The new "
+                              "tokens stand behind the cached ones: the first has position n."),
         "half layout": (partial(faulty_decode, turned=turn_halves), "This rotates channel i with channel i + r/2. "
                         "DeepSeek's pairs are neighbours, 2i and 2i + 1."),
-        "a rope key per head": (partial(faulty_decode, shared=a_key_per_head), "Here every head sees another rotary key. "
-                                "All heads share the same one: `expand` it, or `repeat` it; `repeat_interleave` mixes "
-                                "its channels."),
+        "a rope key per head": (partial(faulty_decode, shared=a_key_per_head), "Here every head sees another rotary "
+                                "key. All heads share the same one: `expand` it, or `repeat` it; `repeat_interleave` "
+                                "mixes its channels."),
         "no mask": (partial(faulty_decode, seen=everything), "Here the first of several new tokens looks at the ones "
                     "after it. One new token needs no mask, two do."),
         "mask from the top": (partial(faulty_decode, seen=from_the_top), "This mask is a triangle that begins at the "
@@ -482,16 +484,16 @@ ATTENTION = Mutants(
            "norms uneven; a few tokens; `make_context(config, (1, T), x.dtype, x.device)`; compare to 1e-9."),
     reference=attention_reference, solution=attention_test, cases=attention_cases,
     wrong={
-        "latent normed twice": (partial(faulty_attention, normed=norm_twice), "It norms the latent twice: with gains of "
-                                "1 the second time changes nothing."),
+        "latent normed twice": (partial(faulty_attention, normed=norm_twice), "It norms the latent twice: with gains "
+                                "of 1 the second time changes nothing."),
         "a rope key per head": (partial(faulty_attention, shared=a_key_per_head), "It gives each head another rotary "
                                 "key: one head cannot show that."),
         "half layout": (partial(faulty_attention, turned=turn_halves), "It rotates channel i with channel i + r/2: at "
                         "position 0 nothing turns."),
-        "no mscale": (partial(faulty_attention, scale=scale_without_mscale), "It leaves YaRN's factor out of the softmax "
-                      "scale: nano has no YaRN."),
-        "keys, then values": (partial(faulty_attention, split=split_keys_then_values), "It reads `kv_b_proj` as all keys, "
-                              "then all values: with one head that is right."),
+        "no mscale": (partial(faulty_attention, scale=scale_without_mscale), "It leaves YaRN's factor out of the "
+                      "softmax scale: nano has no YaRN."),
+        "keys, then values": (partial(faulty_attention, split=split_keys_then_values), "It reads `kv_b_proj` as all "
+                              "keys, then all values: with one head that is right."),
         "future seen": (partial(faulty_attention, seen=everything), "It has no mask: one token has no future, and the "
                         "last of several neither. Compare all of them."),
     })
@@ -552,28 +554,31 @@ def chunk_cases(source: random.Random) -> dict[str, tuple]:
 
 CHUNK = Exercise(
     id="1.6", title="Which bracket for a chunk?", stars=2, minutes=20,
-    why="a server prefills long prompts in chunks and verifies drafts in twos and fours: it must choose a form each time",
-    statement="A pass brings T new tokens; with them the cache holds n tokens (T is at most n). For each n in `contexts` "
-              "return the largest T for which the absorbed form costs fewer FLOPs than expanding all n latents and "
-              "attending with them. Every new token counts n keys; the rotary part is the same on both sides.",
+    why="a server prefills long prompts in chunks and verifies drafts in twos and fours: it must choose a form each "
+        "time",
+    statement="A pass brings T new tokens; with them the cache holds n tokens (T is at most n). For each n in "
+              "`contexts` return the largest T for which the absorbed form costs fewer FLOPs than expanding all n "
+              "latents and attending with them. Every new token counts n keys; the rotary part is the same on both "
+              "sides.",
     stub="""def largest_chunk(config, contexts):
     \"\"\"For each number n of cached tokens, new ones included, the largest T that is better absorbed.\"\"\"
     raise NotImplementedError
 """,
-    hints=("Write the FLOPs of one head as a straight line in T, once for each form. Which one starts higher, and which "
-           "one is steeper?",
+    hints=("Write the FLOPs of one head as a straight line in T, once for each form. Which one starts higher, and "
+           "which one is steeper?",
            "With A = 2 r (d_k + d_v): expanded n A + 2 T n (d_k + d_v), absorbed T A + 4 T n r. They meet at "
            "T* = n A / (A + 2 n (2 r - d_k - d_v)). The largest whole T strictly below it."),
     reference=chunk_reference, solution=chunk_solution, cases=chunk_cases,
     wrong={
-        "absorbed always": (chunk_always_absorbed, "This absorbs whatever T is. An absorbed product of a query and a key "
-                            "runs over the rank, not over a head's width: many queries are better expanded."),
+        "absorbed always": (chunk_always_absorbed, "This absorbs whatever T is. An absorbed product of a query and a "
+                            "key runs over the rank, not over a head's width: many queries are better expanded."),
         "T* without n": (chunk_without_context, "This is the limit for infinitely many cached tokens. With few of them "
                          "there is less to expand, so expanding pays sooner: 73 for n = 128, where the limit is 170."),
         "one token only": (chunk_of_one, "This absorbs for single tokens only. Absorbing wins for as long as its extra "
                            "work on T n pairs stays below one expansion of n latents."),
         "old tokens for free": (chunk_expanding_new_tokens_only, "This expands the new tokens only. Keys and values of "
-                                "the old ones are not kept: the cache holds latents, and all n must be expanded again."),
+                                "the old ones are not kept: the cache holds latents, and all n must be expanded "
+                                "again."),
     })
 
 
@@ -587,9 +592,10 @@ QUESTIONS = {
     "01.cached": Question(
         "What does a layer of the 671 B model keep of a token?",
         (Option("512 numbers: the latent", "position would be lost: the rotary key's 64 numbers are kept beside it."),
-         Option("128 x 576 numbers: a latent and a rotary key a head", "neither has a head index; heads differ in W^UK, "
-                "W^UV and in their queries."),
-         Option("576 numbers: the normed latent and one rotated key", "1,152 bytes in bf16, 70,272 over 61 layers.")), 2),
+         Option("128 x 576 numbers: a latent and a rotary key a head", "neither has a head index; heads differ in "
+                "W^UK, W^UV and in their queries."),
+         Option("576 numbers: the normed latent and one rotated key", "1,152 bytes in bf16, 70,272 in 61 "
+                "layers.")), 2),
     "01.exact": Question(
         "What is lost when decoding with the absorbed form?",
         (Option("nothing: it is the same product in another order", "associativity: equal to 1e-12 in float64, values "
@@ -600,14 +606,15 @@ QUESTIONS = {
                 "their queries.")), 0),
     "01.rotate": Question(
         "Why is the latent not simply rotated by its position?",
-        (Option("rotation would change the latent's length", "a rotation changes no length; the norm is not the matter."),
+        (Option("rotation would change the latent's length", "a rotation changes no length, and "
+                "the norm stays what it was."),
          Option("W^UQ and W^UK would have a rotation between them that depends on both positions",
                 "the folded matrix would be another one for each distance: nothing could be absorbed."),
          Option("the latent has an odd width", "it has 512 numbers. The matter is the order of the products.")), 1),
     "01.form": Question(
         "A prompt of 4,096 tokens must be read at once, at full size. Which form?",
-        (Option("absorbed: it is the fast one", "2,176 FLOPs instead of 640 for each query, key and head: 3.0 times the "
-                "work here."),
+        (Option("absorbed: it is the fast one", "2,176 FLOPs instead of 640 for each query, key and head: 3.0 times "
+                "the work here."),
          Option("expanded: each latent is expanded once and serves 4,096 queries", "expanding pays from about 164 "
                 "queries on at this length."),
          Option("they cost the same: it is the same product", "the numbers are equal, the work is not: order decides "
