@@ -149,8 +149,8 @@ def experiment(options: Options) -> dict:
                 f"{options.sequences} x {options.length} tokens; the nano recipe scaled to {options.tokens} tokens, "
                 f"{options.precision}; no balance loss; measured in fp32 on about {options.held_out_tokens} "
                 "held-out tokens",
-        "claims": [], "methods": {name: method.words if method else "the "
-                                                                    "package's" for name, method in METHODS.items()},
+        "claims": [],
+        "methods": {name: method.words if method else "the package's" for name, method in METHODS.items()},
         "attention_parameters": {name: weights_of_attention(name, config) for name in methods},
         "cached_values": {name: cached_values(name, config) for name in methods}}
 

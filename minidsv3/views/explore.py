@@ -94,6 +94,13 @@ def log_slider(description: str, value: float, low: float, high: float) -> ipywi
                                       description=description, style=LABEL, layout=WIDE)
 
 
+def doubling(description: str, value: int, low: int, high: int) -> ipywidgets.SelectionSlider:
+    """A slider over low, 2 low, 4 low .. high; `value` is one of them."""
+    steps = [low << i for i in range((high // low).bit_length())]
+    return ipywidgets.SelectionSlider(options=[(f"{step:,}", step) for step in steps], value=value,
+                                      description=description, style=LABEL, layout=WIDE)
+
+
 def choice(description: str, value: str, options: list[str]) -> ipywidgets.Dropdown:
     return ipywidgets.Dropdown(options=options, value=value, description=description, style=LABEL, layout=WIDE)
 
