@@ -1,4 +1,4 @@
-"""The experiments behind chapters 02 and 03 measure what they say: kinds of text, bits, losses, drafts, verdicts, files."""
+"""The experiments behind chapters 02 and 03 measure what they say: kinds, bits, losses, drafts, verdicts, files."""
 
 import json
 import math
@@ -192,7 +192,7 @@ def test_without_token_zeroes_the_embedding_and_nothing_else():
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
-LARGER = Claim(id="larger", claim="b is at least 2 above a", value=lambda runs: runs["b"]["x"] - runs["a"]["x"], least=2)
+LARGER = Claim(id="larger", claim="b is 2 above a", value=lambda runs: runs["b"]["x"] - runs["a"]["x"], least=2)
 EQUAL = replace(LARGER, id="equal", most=0.5)
 
 
@@ -319,7 +319,7 @@ def test_a_failed_run_is_reported_and_the_others_are_kept(options, monkeypatch, 
     found = nano_runs.run_all(count, ["a", "b"], options, 1, header, dict)
     assert [run["held_out"] for run in found["runs"]] == [1.0, 2.0]
     with pytest.raises(RuntimeError, match="1 of 2 runs failed"):
-        nano_runs.run_all(count, ["a", "bad", "c"], options, 1, header, dict)
+        nano_runs.run_all(count, ["a", "b", "bad", "c"], options, 1, header, dict)
     assert "bad, seed 5 failed: ValueError: no" in capsys.readouterr().out
     assert [run["method"] for run in json.loads(options.out.read_text())["runs"]] == ["a", "b", "c"]
 

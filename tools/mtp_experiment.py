@@ -1,4 +1,4 @@
-"""Multi-token prediction at nano's size: without it, with it, and without it for as many FLOPs, over pairs of equal seeds.
+"""Multi-token prediction at nano's size: without it, with it, and without it for as many FLOPs; pairs of equal seeds.
 
     python tools/mtp_experiment.py                        hours on one core; see the options for a GPU
     python tools/mtp_experiment.py --tokens 16384 --seeds 0 1 --held-out-tokens 4096
@@ -66,7 +66,8 @@ CLAIMS = (
           claim="Of MTP's drafts at least 10 points more are accepted than of prompt lookup's, mean of the kinds.",
           value=lambda runs: accepted_share(runs, "mtp") - accepted_share(runs, "lookup"), least=0.1),
     Claim(id="beats_bigram_along_text",
-          claim="Along held-out text MTP agrees with the main head at least 10 points more often than the bigram table.",
+          claim="Along held-out text MTP agrees with the main head at least 10 points more often than the bigram "
+                "table.",
           value=lambda runs: agreement_share(runs, "mtp") - agreement_share(runs, "bigram"), least=0.1),
     Claim(id="a_chain",
           claim="It is a chain: without the token's embedding MTP agrees at least 30 points less with the main head.",
@@ -74,7 +75,7 @@ CLAIMS = (
 )
 
 # ---- drafters -------------------------------------------------------------------------------------------------------
-# A drafter's guesses are a tensor like the text: at position i the guess for token i + 1 from tokens 0 .. i; -1 is none.
+# A drafter's guesses are a tensor like the text: at i the guess for token i + 1 from tokens 0 .. i; -1 is none.
 
 
 def bigram_table(rows: Tensor, vocab_size: int) -> Tensor:

@@ -215,7 +215,7 @@ _data: dict[str, Any] = {}                           # of a worker: what `prepar
 def run_all(run: Run, methods: list[str], options: Options, steps: int, header: dict[str, Any],
             finish: Callable[[dict], dict], key: str = "method",
             keep: Callable[[dict], None] = lambda entry: None) -> dict:
-    """Runs every method with every seed that `options.out` does not hold, seed by seed, and writes each when it is done.
+    """Runs every method with every seed that `options.out` does not hold, seed by seed, and writes each when done.
 
     `header` says what the experiment is; a file with another one is refused with ValueError. `finish` adds to the
     result what follows from all runs; `keep` may store parts of an entry elsewhere first. A run that fails is reported

@@ -1,4 +1,4 @@
-"""Balancing experts at nano's size: no balancing, the bias, balance losses, and V3's mixture, over pairs of equal seeds.
+"""Balancing experts at nano's size: no balancing, the bias, balance losses, V3's mixture; pairs of equal seeds.
 
     python tools/router_experiment.py                     hours on one core; see the options for a GPU
     python tools/router_experiment.py --tokens 32768 --seeds 0 1 --held-out-tokens 8192
@@ -125,7 +125,8 @@ CLAIMS = (
           value=lambda runs: doublings(mean(runs["bias"]["mi_token"]), kind_bits(runs["bias"]), BITS),
           least=math.log2(5)),
     Claim(id="even_in_a_sequence",
-          claim="The sequence-wise loss evens single sequences: MaxVio in one is at least 0.1 below that with the bias.",
+          claim="The sequence-wise loss evens single sequences: MaxVio in one is at least 0.1 below that with the "
+                "bias.",
           value=lambda runs: runs["bias"]["sequence_violation"] - runs["sequence"]["sequence_violation"], least=0.1),
     Claim(id="gamma_is_a_speed",
           claim="gamma 0.001 takes at least twice as long as 0.01 until MaxVio is below 0.5.",
@@ -313,11 +314,11 @@ def experiment(options: Options) -> dict:
     config = options.model
     header = {
         "command": command("router_experiment.py", options), "machine": machine(options.device),
-        "what": f"{smoke(options)}width {config.hidden_size}, {config.num_hidden_layers} layers, MTP off, {config.n_routed_experts} "
-                f"experts, {config.num_experts_per_tok} a token from {config.topk_group} of {config.n_group} groups; "
-                f"{options.steps} steps of {options.sequences} x {options.length} tokens; the nano recipe scaled to "
-                f"{options.tokens} tokens, {options.precision}, gamma 0 after 97 % of them; measured in fp32 on about "
-                f"{options.held_out_tokens} held-out tokens",
+        "what": f"{smoke(options)}width {config.hidden_size}, {config.num_hidden_layers} layers, MTP off, "
+                f"{config.n_routed_experts} experts, {config.num_experts_per_tok} a token from {config.topk_group} of "
+                f"{config.n_group} groups; {options.steps} steps of {options.sequences} x {options.length} tokens; "
+                f"the nano recipe scaled to {options.tokens} tokens, {options.precision}, gamma 0 after 97 % of them; "
+                f"measured in fp32 on about {options.held_out_tokens} held-out tokens",
         "claims": [], "methods": {name: method.words for name, method in METHODS.items()}, "seeds": [],
         "steps": sampled_steps(options.steps),
         "floor": floor(config, options.sequences * options.length, 200), "floor_simulations": 200,
