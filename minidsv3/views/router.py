@@ -16,6 +16,7 @@ from .style import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILIO
 
 LOOKS = ((BLUE, "-", "o"), (VERMILION, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"), (ORANGE, "-", "v"),
          (DARK, "--", "x"))             # colour, dashes and mark, so that no line hangs on its colour alone
+FEW = 16                                # colours that are enough here, see `Picture`
 
 
 # ---- one token ------------------------------------------------------------------------------------------------------
@@ -34,15 +35,15 @@ def one_token(scores: Sequence[float], bias: Sequence[float], n_group: int, topk
     chosen, choice = routing.experts[0].tolist(), (s + b)
     worth = choice.view(n_group, size).topk(2).values.sum(-1)
     kept = worth.topk(topk_group).indices.tolist()
-    picture = Picture(9, 8.6, "One token and 16 experts in 4 groups, five panels: affinities, affinities plus bias, the worth of "
+    picture = Picture(8.4, 7, "One token and 16 experts in 4 groups, five panels: affinities, affinities plus bias, the worth of "
                       "the groups, the choice in the kept groups, and the weights. The bias changes who is chosen; the "
-                      "weights come from the affinities alone.")
+                      "weights come from the affinities alone.", 24)
     panels = picture.subplots(5, 1, sharex=True)
     _bars(panels[0], s, "1. affinities s: a sigmoid for each expert", chosen=())
     _bars(panels[1], s, "2. s + b (outlined): the bias moves each bar up or down", chosen=(), hollow=choice)
     _group_worth(panels[2], choice, worth, kept, size)
     inside = [i for i in range(len(s)) if i // size in kept]
-    _bars(panels[3], choice, f"4. the best {top_k} of the kept groups (\u25cf); the other groups count as -\u221e",
+    _bars(panels[3], choice, f"4. the best {top_k} of the kept groups (\u25cf); the other groups (white) count as -\u221e",
           chosen=chosen, barred=[i for i in range(len(s)) if i not in inside])
     weights = torch.zeros_like(s).scatter(0, routing.experts[0], routing.weights[0])
     _bars(panels[4], weights, f"5. weights: s of the chosen over their sum, times {scale}. No b in them", chosen=chosen)
@@ -55,11 +56,11 @@ def one_token(scores: Sequence[float], bias: Sequence[float], n_group: int, topk
 
 
 def _bars(axes, values, title: str, chosen, hollow=None, barred=()) -> None:
-    """Bars with their numbers, which keep the chosen from the others by hatch, dot and a bold number."""
+    """Bars with their numbers: the chosen have a dot and a bold number, what is barred is white."""
     top = max(values.max(), 0 if hollow is None else hollow.max())
     for i, value in enumerate(values.tolist()):
         axes.bar(i, value, color=WHITE if i in barred else ORANGE if i in chosen else SKY, edgecolor=BLACK, linewidth=0.7,
-                 hatch="xx" if i in barred else "//" if i in chosen else None, width=0.72)
+                 width=0.72)
         height = value
         if hollow is not None:
             height = max(value, hollow[i].item())
@@ -76,10 +77,10 @@ def _group_worth(axes, choice, worth, kept, size: int) -> None:
     for group, value in enumerate(worth.tolist()):
         left = group * size - 0.36
         axes.bar(group * size + (size - 1) / 2, value, width=size - 0.28, color=ORANGE if group in kept else WHITE,
-                 edgecolor=BLACK, hatch="//" if group in kept else "xx", linewidth=0.7)
+                 edgecolor=BLACK, linewidth=0.7)
         first, second = choice.view(-1, size)[group].topk(2).values.tolist()
-        axes.text(left + 0.1, value + 0.05, f"{first:.2f} + {second:.2f} = {value:.2f}, " + (
-            "kept" if group in kept else "out"), fontsize=9, weight="bold" if group in kept else "normal")
+        axes.text(left + 0.1, value + 0.05, f"{first:.2f} + {second:.2f} = {value:.2f}" + (
+            ": kept" if group in kept else ""), fontsize=8.7, weight="bold" if group in kept else "normal")
     axes.set_title("3. a group is worth its two best s + b; two groups are kept", loc="left", fontsize=11)
     axes.set(ylim=(0, 1.3 * float(worth.max())), yticks=())
 
@@ -88,35 +89,35 @@ def _group_worth(axes, choice, worth, kept, size: int) -> None:
 
 
 @styled
-def over_steps(curves: Mapping[str, Sequence[Sequence[float]]], steps: Sequence[int], floor: float | None = None,
-               ylabel: str = "MaxVio", title: str = "", log: bool = False) -> Picture:
-    """Lines over steps, several for a name (seeds, layers), with the floor of chance.
+def over_steps(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], steps: Sequence[int], floor: float,
+               ylabel: str = "MaxVio") -> Picture:
+    """Lines over steps above the floor of chance: panel -> {name: lines (seeds, layers) of len(steps)}.
 
-    curves: name -> lines of len(steps). The first line of a name is drawn thicker where there are few of them.
+    Every panel has the same names, which the legend on the right explains once.
     """
-    picture = Picture(9, 4.2, f"{ylabel} over steps for {', '.join(curves)}" + (
-        ", with the floor of pure chance" if floor is not None else "") + ". See which lines come down, and how soon.")
-    axes = picture.add_axes((0.08, 0.13, 0.67, 0.78))
-    for (name, lines), (colour, dashes, mark) in zip(curves.items(), LOOKS):
-        for i, values in enumerate(lines):
-            axes.plot(steps, values, color=colour, linestyle=dashes, marker=mark, markevery=max(len(steps) // 8, 1),
-                      markersize=5, linewidth=1.3, alpha=0.9, label=name if i == 0 else None)
-    if floor is not None:
-        axes.axhline(floor, color=BLACK, linewidth=1.4)
-        axes.text(steps[-1], floor, f" chance {floor:.2f}", va="center", fontsize=10)
-    axes.set(xlabel="step", ylabel=ylabel, xlim=(min(steps), max(steps)))
-    axes.set_yscale("log") if log else axes.set_ylim(bottom=0)
-    axes.set_title(title, loc="left")
-    picture.legend(*axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.755, 0.93), frameon=False,
-                   handlelength=3.2)
+    names = list(next(iter(panels.values())))
+    picture = Picture(8.8, 3.4, f"{ylabel} over steps for {', '.join(names)}, with the floor of pure chance. See which lines "
+                      "come down to it, and how soon.", FEW)
+    for axes, (title, curves) in zip(picture.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+        for name, (colour, dashes, mark) in zip(names, LOOKS):
+            for i, values in enumerate(curves[name]):
+                axes.plot(steps, values, color=colour, linestyle=dashes, marker=mark, markevery=(len(steps) // 8, len(steps) // 4 or 1),
+                          markersize=5, linewidth=1.3, label=None if i else name)
+        axes.axhline(floor, color=BLACK, linewidth=1.6)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set(xlabel=f"step (black line: chance, {floor:.2f})", xlim=(steps[0], steps[-1]), ylim=(0, None))
+    picture.axes[0].set_ylabel(ylabel)
+    picture.tight_layout(rect=(0, 0, 0.8, 1))
+    picture.legend(*axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.79, 0.92), frameon=False,
+                   handlelength=3)
     return picture
 
 
 @styled
 def bias_paths(panels: Mapping[str, tuple[Sequence[int], Sequence[Sequence[float]]]]) -> Picture:
     """The biases of all experts over steps, thin, and their mean, thick; a panel for each name -> (steps, biases)."""
-    picture = Picture(9, 3.8, f"Biases of the experts over steps, and their mean, for {', '.join(panels)}. See whether the "
-                      "mean stays at zero.")
+    picture = Picture(8.8, 3, f"Biases of the experts over steps, and their mean, for {', '.join(panels)}. See whether the "
+                      "mean stays at zero.", FEW)
     for axes, (name, (steps, biases)) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         values = torch.tensor(biases, dtype=torch.float64)
         axes.plot(steps, values, color=SKY, linewidth=1)
@@ -139,16 +140,15 @@ def loss_terms(cases: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> 
 
     cases: name -> (f, P), one value an expert.
     """
-    picture = Picture(9, 2.35 * len(cases) + 0.3, f"Load f, share P and their product for each expert, for {', '.join(cases)}. "
-                      "See that the sum of the products can be 1 though the load is not even.")
+    picture = Picture(8.8, 1.5 * len(cases) + 0.3, f"Load f, share P and their product for each expert, for {', '.join(cases)}. "
+                      "See that the sum of the products can be 1 though the load is not even.", FEW)
     grid = picture.subplots(len(cases), 3, squeeze=False)
     for row, (name, (f, p)) in zip(grid, cases.items()):
         product = [a * b for a, b in zip(f, p)]
         even = 1 / len(p)
         for axes, values, title, level in zip(row, (f, p, product), (
                 f"{name}: load f", "share P of the affinities", f"f x P, sum {sum(product):.2f}"), (1, even, even)):
-            axes.bar(range(len(values)), values, color=ORANGE, edgecolor=BLACK, linewidth=0.6,
-                     hatch="//" if values is product else None)
+            axes.bar(range(len(values)), values, color=GREEN if values is product else ORANGE, edgecolor=BLACK, linewidth=0.6)
             axes.axhline(level, color=BLACK, linestyle="--", linewidth=1)
             axes.set_title(title, loc="left", fontsize=10.5)
             axes.set(xticks=range(0, len(values), 4), ylim=(0, 1.15 * max(*values, level)))
@@ -164,19 +164,17 @@ def loss_terms(cases: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> 
 @styled
 def copies(counted: Mapping[str, Sequence[float]]) -> Picture:
     """How often a token is sent to 0, 1, .. other nodes: name -> share of tokens by number of copies."""
-    picture = Picture(9, 3.6, f"Shares of tokens by number of copies sent to other nodes, for {', '.join(counted)}. See how "
-                      "merging and limiting move the bars to the left.")
-    for axes, (name, shares), (colour, _, _), hatch in zip(
-            picture.subplots(1, len(counted), sharey=True), counted.items(), LOOKS, ("", "//", "xx")):
-        axes.bar(range(len(shares)), shares, color=colour if not hatch else WHITE, edgecolor=colour, hatch=hatch,
-                 linewidth=1)
+    picture = Picture(8.4, 2.8, f"Shares of tokens by number of copies sent to other nodes, for {', '.join(counted)}. See how "
+                      "merging and limiting move the bars to the left.", FEW)
+    for axes, (name, shares) in zip(picture.subplots(1, len(counted), sharey=True), counted.items()):
+        axes.bar(range(len(shares)), shares, color=PURPLE, edgecolor=BLACK, linewidth=0.6)
         for count, share in enumerate(shares):
             if share >= 0.005:
                 axes.text(count, share + 0.012, f"{100 * share:.0f}", ha="center", fontsize=9)
         mean = sum(count * share for count, share in enumerate(shares))
         axes.axvline(mean, color=BLACK, linestyle="--", linewidth=1.2)
         axes.set(title=f"{name}\nmean {mean:.2f}", xlabel="copies to other nodes", xticks=range(len(shares)))
-    picture.axes[0].set(ylabel="share of tokens (numbers: %)", ylim=(0, 1.12 * max(map(max, counted.values()))))
+    picture.axes[0].set(ylabel="share of tokens (%)", yticks=(), ylim=(0, 1.12 * max(map(max, counted.values()))))
     picture.tight_layout()
     return picture
 
@@ -185,13 +183,14 @@ def copies(counted: Mapping[str, Sequence[float]]) -> Picture:
 
 
 @styled
-def load_tables(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], floor: float | None = None) -> Picture:
+def load_tables(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str]) -> Picture:
     """Loads as multiples of the mean, printed in cells: name -> [row][expert] counts. 1.0 is an even load.
 
     Each row is divided by its own mean; `rows` names them (layers, kinds of text).
     """
-    picture = Picture(9, 0.36 * len(rows) * len(tables) + 0.62 * len(tables) + 0.35, "Load of every expert as a multiple of its row's mean, "
-                      f"for {', '.join(tables)}. Compare how far the numbers leave 1.")
+    height = (0.27 * len(rows) + 0.5) * len(tables) + 0.3
+    picture = Picture(8, height, f"Load of every expert as a multiple of its row's mean, for {', '.join(tables)}. Compare how far "
+                      "the numbers leave 1.", 32)
     shades = matplotlib.colormaps["cividis"]
     panels = picture.subplots(len(tables), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, table) in zip(panels, tables.items()):
@@ -205,7 +204,7 @@ def load_tables(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[
         axes.set_title(name, loc="left", fontsize=11)
         axes.set(yticks=range(len(rows)), yticklabels=rows, xticks=range(values.shape[1]))
         axes.tick_params(length=0)
-    panels[-1].set_xlabel("expert" if floor is None else f"expert (chance alone would leave a largest number of {1 + floor:.2f})")
+    panels[-1].set_xlabel("expert")
     picture.tight_layout()
     return picture
 
@@ -219,8 +218,8 @@ def slopes(panels: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str, dig
 
     The median difference and how many lines fall stand above each panel; a falling line is drawn dashed.
     """
-    picture = Picture(9, 4.0, f"Slope charts of {ylabel}: a line for each seed between two methods, in the panels "
-                      f"{', '.join(panels)}. Look at the direction of the lines, not at their height.")
+    picture = Picture(8.8, 3.3, f"Slope charts of {ylabel}: a line for each seed between two methods, in the panels "
+                      f"{', '.join(panels)}. Look at the direction of the lines, not at their height.", FEW)
     for axes, (name, methods) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         (first, before), (second, after) = methods.items()
         changes = [b - a for a, b in zip(before, after, strict=True)]
@@ -228,7 +227,7 @@ def slopes(panels: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str, dig
             axes.plot([0, 1], [a, b], marker="o", markersize=6, linewidth=1.8, color=BLUE if b < a else VERMILION,
                       linestyle="--" if b < a else "-")
         middle = sorted(changes)[len(changes) // 2]
-        axes.set_title(f"{name}\n{sum(change < 0 for change in changes)} of {len(changes)} fall, median "
+        axes.set_title(f"{name}\n{sum(change < 0 for change in changes)} of {len(changes)} fall,\nmedian "
                        f"{middle:+.{digits}f}", fontsize=10)
         axes.set(xlim=(-0.35, 1.35), xticks=(0, 1), xticklabels=(first, second))
         axes.yaxis.set_major_locator(MaxNLocator(5))

@@ -400,9 +400,9 @@ def routing_explorer(stored: dict, live: LiveRun, **start) -> View:
 def explorer_states(states: dict[str, dict], stored: dict) -> Picture:
     """Several states side by side: who takes what, and the load of the text, for pages without widgets."""
     shown_states = {name: look(START | state, stored, LiveRun()) for name, state in states.items()}
-    picture = Picture(11, 4.9, "Tokens against experts for several states of the explorer, chosen experts dark, kept groups "
+    picture = Picture(9.6, 4.4, "Tokens against experts for several states of the explorer, chosen experts dark, kept groups "
                       "shaded. " + "; ".join(f"{name}: fullest expert {int(seen.after.routing.load.max())} tokens"
-                                             for name, seen in shown_states.items()) + ".")
+                                             for name, seen in shown_states.items()) + ".", 16)
     for column, (axes, (name, seen)) in enumerate(zip(picture.subplots(1, len(states), sharey=True),
                                                        shown_states.items())):
         _state_panel(axes, seen)
@@ -419,7 +419,7 @@ def _state_panel(axes, seen: Seen) -> None:
             if seen.after.kept[i, group]:
                 axes.add_patch(Rectangle((i - 0.5, group * SIZE - 0.5), 1, SIZE, facecolor="#CFE8F8", linewidth=0))
         for expert in routing.experts[i].tolist():
-            axes.plot(i, expert, "s", color=BLACK, markersize=5)
+            axes.add_patch(Rectangle((i - 0.3, expert - 0.3), 0.6, 0.6, facecolor=BLACK, linewidth=0))
     for expert, count in enumerate(routing.load.int().tolist()):
         axes.text(len(tokens) + 0.1, expert, str(count), va="center", fontsize=9,
                   weight="bold" if count == int(routing.load.max()) else "normal")

@@ -57,19 +57,22 @@ class Picture(Figure):
     It keeps its exact size in pixels (100 an inch), so that two pictures of one kind can be laid over each other.
     """
 
-    def __init__(self, width: float, height: float, alt: str):
-        """width and height in inches; `alt` says in two sentences what is drawn and what to see."""
+    def __init__(self, width: float, height: float, alt: str, colours: int = 64):
+        """width and height in inches; `alt` says in two sentences what is drawn and what to see.
+
+        `colours` is how many the file keeps: 16 are enough for a few fills and grey letters, and make it smaller.
+        """
         super().__init__(figsize=(width, height))
         FigureCanvasAgg(self)
-        self.alt = alt
+        self.alt, self.colours = alt, colours
 
     def png(self) -> bytes:
-        """The picture as a PNG file of at most 64 colours, a third of the size, and without the name of the program."""
+        """The picture as a PNG file of few colours, a third of the size, and without the name of the program."""
         with matplotlib.rc_context(RC):
             self.canvas.draw()
         drawn = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
         buffer = io.BytesIO()
-        drawn.quantize(64, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
+        drawn.quantize(self.colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
         return buffer.getvalue()
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
