@@ -124,8 +124,8 @@ def render_cache_calculator(state: dict) -> str:
     share = facts["MHA bytes"] / facts["MLA bytes"]
     rows = f" in each of {state['batch']:,} rows" if state["batch"] > 1 else ""
     sentence = (f"{state['batch']:,} x {state['context']:,} tokens take {in_bytes(facts['MLA bytes'])} as latents, "
-                f"{share:.1f} times less than {in_bytes(facts['MHA bytes'])} as keys and values of all heads. A pass of "
-                f"{queries:,} new token{'s' * (queries > 1)}{rows} is cheaper {forms[0]}: {in_flops(cheap)} "
+                f"{share:.1f} times less than {in_bytes(facts['MHA bytes'])} as keys and values of all heads. A pass "
+                f"of {queries:,} new token{'s' * (queries > 1)}{rows} is cheaper {forms[0]}: {in_flops(cheap)} "
                 f"against {in_flops(dear)}.")
     parts = [*_caches(facts, config), *_brackets(state, config, facts)]
     return f"<p>{escape(sentence)}</p>" + page("Cache and bracket calculator: " + sentence, 620, parts)
@@ -167,7 +167,8 @@ def _caches(facts: dict, config: ModelConfig) -> list[str]:
 
 def _plate(x: float, y: float, words: str) -> str:
     """Words on white, readable across the lines of an axis."""
-    return rectangle(x, y, 9 * len(words) + 6, 20, Fill(WHITE), outline=WHITE) + text(x + 3, y + 15, words, 15, bold=True)
+    ground = rectangle(x, y, 9 * len(words) + 6, 20, Fill(WHITE), outline=WHITE)
+    return ground + text(x + 3, y + 15, words, 15, bold=True)
 
 
 # ---- the lower half: FLOPs ------------------------------------------------------------------------------------------
