@@ -24,8 +24,8 @@ from minidsv3.data import encode
 from minidsv3.train import load_run
 
 OUT = Path(__file__).parents[1] / "results" / "mtp_cost.json"
-COMMAND = "python -m minidsv3 train --preset nano --tokens {tokens}; python tools/mtp_cost.py"
-BATCHES, PROMPTS, PROMPT, NEW, ROUNDS = (1, 4, 8), 8, 48, 64, 5
+COMMAND = "python -m minidsv3 train --preset nano --tokens {tokens}; python tools/mtp_cost.py --rounds {rounds}"
+BATCHES, PROMPTS, PROMPT, NEW = (1, 4, 8), 8, 48, 64
 
 # Written before the run. `found` is what main() measured; each claim reads its own numbers from it.
 CLAIMS = {
@@ -56,11 +56,11 @@ def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return {name: round(1000 * statistics.median(each), 3) for name, each in times.items()}
 
 
-def training() -> dict:
+def training(rounds: int) -> dict:
     """A step of nano with and without MTP: milliseconds, FLOPs and peak memory, and their ratios."""
     plain, mtp = bench.OURS, bench.OURS_MTP
     builders = bench.training_builders(autocast=False)
-    step = medians({"plain": builders[plain](), "mtp": builders[mtp]()}, rounds=7)
+    step = medians({"plain": builders[plain](), "mtp": builders[mtp]()}, rounds)
     peak = {name: bench.in_fresh_process(bench._peak_of_training, who) for name, who in
             (("plain", plain), ("mtp", mtp))}
     flops = cost.training_flops(bench.nano(1), bench.LENGTH)
@@ -70,7 +70,7 @@ def training() -> dict:
 
 
 @torch.no_grad()
-def passes(model: Transformer, batch: int) -> dict[str, float]:
+def passes(model: Transformer, batch: int, rounds: int) -> dict[str, float]:
     """Milliseconds of one pass of `batch` rows behind a cache: main over one and over two tokens, module over two."""
     known = PROMPT + NEW // 2
     cache = LatentCache(model.config, batch, known + 2)
@@ -86,10 +86,10 @@ def passes(model: Transformer, batch: int) -> dict[str, float]:
         context = make_context(model.config, tokens.shape, hidden.dtype, hidden.device, cache, start)
         module.logits(module(model.carried(hidden), tokens, context)[:, -1]).argmax(-1)
 
-    return medians({"main": lambda: main(1), "main_of_two": lambda: main(2), "module": draft}, rounds=75)
+    return medians({"main": lambda: main(1), "main_of_two": lambda: main(2), "module": draft}, rounds)
 
 
-def decoding(model: Transformer, prompts: list[list[int]]) -> dict:
+def decoding(model: Transformer, prompts: list[list[int]], rounds: int) -> dict:
     """For each batch size: acceptance, the speed that was measured, and what three formulas expect: c counted from
     weights; c timed; passes timed as well, and counted until the last row of a batch is done."""
     groups = {batch: [prompts[i:i + batch] for i in range(0, len(prompts), batch)] for batch in BATCHES}
@@ -99,9 +99,9 @@ def decoding(model: Transformer, prompts: list[list[int]]) -> dict:
 
     contenders = {f"{'speculative' if speculative else 'plain'}, {batch}": lambda b=batch, s=speculative: write(b, s)
                   for batch in BATCHES for speculative in (False, True)}
-    times, found = medians(contenders, ROUNDS), {}
+    times, found = medians(contenders, rounds), {}
     for batch in BATCHES:
-        fast, one = write(batch, True), passes(model, batch)
+        fast, one = write(batch, True), passes(model, batch, 15 * rounds)
         drafted, accepted = sum(each.drafted for each in fast), sum(each.accepted for each in fast)
         p, c = accepted / drafted, one["module"] / one["main"]
         plain, speculative = times[f"plain, {batch}"], times[f"speculative, {batch}"]
@@ -122,15 +122,17 @@ def decoding(model: Transformer, prompts: list[list[int]]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("runs/nano"), help="a finished run of `minidsv3 train`")
-    model, tokenizer = load_run(parser.parse_args().model)
-    trained = json.loads((parser.parse_args().model / "result.json").read_text())
+    parser.add_argument("--rounds", type=int, default=7, help="of every comparison; passes take 15 times as many")
+    options = parser.parse_args()
+    model, tokenizer = load_run(options.model)
+    trained = json.loads((options.model / "result.json").read_text())
     texts = (encode(tokenizer, document.text) for document in read_corpus().held_out)
     prompts = [text[:PROMPT] for text in texts if len(text) >= 4 * PROMPT][:PROMPTS]
-    found = {"command": COMMAND.format(tokens=trained["tokens"]), "machine": bench.machine(),
+    found = {"command": COMMAND.format(tokens=trained["tokens"], rounds=options.rounds), "machine": bench.machine(),
              "what": f"nano in FP32; training {bench.BATCH} x {bench.LENGTH} tokens a step; greedy decoding of {NEW} "
-                     f"tokens behind each of {PROMPTS} held-out prompts of {PROMPT}; medians of interleaved rounds",
-             "draft_cost": round(cost.draft_cost(model.config), 3), "training": training(),
-             "decoding": decoding(model.eval(), prompts)}
+                     f"tokens behind each of {PROMPTS} held-out prompts of {PROMPT}; medians of {options.rounds} interleaved rounds",
+             "draft_cost": round(cost.draft_cost(model.config), 3), "training": training(options.rounds),
+             "decoding": decoding(model.eval(), prompts, options.rounds)}
     found["claims"] = [{"id": name, "claim": claim, "holds": bool(holds(found))}
                        for name, (claim, holds) in CLAIMS.items()]
     OUT.write_text(json.dumps(found, indent=1) + "\n")
