@@ -130,7 +130,8 @@ def main() -> None:
     prompts = [text[:PROMPT] for text in texts if len(text) >= 4 * PROMPT][:PROMPTS]
     found = {"command": COMMAND.format(tokens=trained["tokens"], rounds=options.rounds), "machine": bench.machine(),
              "what": f"nano in FP32; training {bench.BATCH} x {bench.LENGTH} tokens a step; greedy decoding of {NEW} "
-                     f"tokens behind each of {PROMPTS} held-out prompts of {PROMPT}; medians of {options.rounds} interleaved rounds",
+                     f"tokens behind each of {PROMPTS} held-out prompts of {PROMPT}; medians of "
+                     f"{options.rounds} interleaved rounds",
              "draft_cost": round(cost.draft_cost(model.config), 3), "training": training(options.rounds),
              "decoding": decoding(model.eval(), prompts, options.rounds)}
     found["claims"] = [{"id": name, "claim": claim, "holds": bool(holds(found))}
