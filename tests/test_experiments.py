@@ -77,6 +77,12 @@ def test_rows_that_decide_columns_have_all_bits():
     assert mutual_information(torch.eye(8) * 10**6) == pytest.approx(3, abs=1e-4)
 
 
+def test_empty_rows_and_columns_do_not_count():
+    wide = torch.zeros(50, 90)
+    wide[3, 7], wide[4, 2] = 30, 30
+    assert mutual_information(wide) == mutual_information(torch.eye(2) * 30)
+
+
 def test_the_bias_of_small_samples_is_taken_off():
     drawn = [torch.multinomial(torch.ones(48), 500, replacement=True).bincount(minlength=48).view(3, 16)
              for _ in range(200)]
@@ -204,6 +210,7 @@ EQUAL = replace(LARGER, id="equal", most=0.5)
     (LARGER, [0, 0, 0, 0, 0], "does not show at this scale"),
     (LARGER, [-1, -1, -3, -1, 5], "shows the opposite"),
     (EQUAL, [0.5, -0.5, 0, 0.1, 9], "reproduces in size"),
+    (EQUAL, [-1, -1, -1, -1, -1], "does not show at this scale"),
     (EQUAL, [0.6, -0.6, 1, 1, 1], "does not show at this scale"),
 ])
 def test_verdicts(claim, values, verdict):
@@ -245,7 +252,7 @@ def write_sources(folder: Path) -> Path:
 @pytest.fixture
 def options(tmp_path) -> Options:
     model = tiny_config(vocab_size=300, num_nextn_predict_layers=1)
-    return Options(out=tmp_path / "found.json", model=model, tokens=640, seeds=(5,), workers=2, precision="bf16",
+    return Options(out=tmp_path / "found.json", model=model, tokens=640, seeds=(0,), workers=2, precision="bf16",
                    held_out_tokens=256, source=str(write_sources(tmp_path / "corpus")), sequences=2)
 
 
@@ -257,7 +264,7 @@ def test_router_experiment_writes_what_the_chapter_reads(options, capsys):
     options = replace(options, model=options.model.replace(num_nextn_predict_layers=0))
     found = router_experiment.experiment(options)
     assert json.loads(options.out.read_text()) == found
-    assert found["what"].startswith("A smoke run") and found["seeds"] == [5] and found["steps"] == [0, 1, 2, 3, 4]
+    assert found["what"].startswith("A smoke run") and found["seeds"] == [0] and found["steps"] == [0, 1, 2, 3, 4]
     assert [run["method"] for run in found["runs"]] == list(METHODS)
     assert all(claim["holds"].endswith("of 1 pairs") for claim in found["claims"])
     for run in found["runs"]:
@@ -313,14 +320,14 @@ def test_mtp_experiment_writes_what_the_chapter_reads(options):
 def test_a_failed_run_is_reported_and_the_others_are_kept(options, monkeypatch, capsys):
     """A run of one seed already done is skipped; results are written run by run."""
     header = {"what": "counting", "runs": []}
-    done = {"method": "a", "seed": 5, "held_out": 1.0, "seconds": 0.0}
+    done = {"method": "a", "seed": 0, "held_out": 1.0, "seconds": 0.0}
     nano_runs.write(options.out, {"what": "counting", "runs": [done]})
     monkeypatch.setattr(nano_runs, "prepare", lambda options, steps: {})
     found = nano_runs.run_all(count, ["a", "b"], options, 1, header, dict)
     assert [run["held_out"] for run in found["runs"]] == [1.0, 2.0]
     with pytest.raises(RuntimeError, match="1 of 2 runs failed"):
         nano_runs.run_all(count, ["a", "b", "bad", "c"], options, 1, header, dict)
-    assert "bad, seed 5 failed: ValueError: no" in capsys.readouterr().out
+    assert "bad, seed 0 failed: ValueError: no" in capsys.readouterr().out
     assert [run["method"] for run in json.loads(options.out.read_text())["runs"]] == ["a", "b", "c"]
 
 

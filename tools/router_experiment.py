@@ -206,7 +206,8 @@ def floor(config: ModelConfig, tokens: int, simulations: int) -> float:
 # ---- snapshots for the routing explorer -----------------------------------------------------------------------------
 
 SNAPSHOT_METHODS = ("none", "sequence", "bias")
-SNAPSHOT_TOKENS = 20
+SNAPSHOT_SEED = 0
+SNAPSHOT_TOKENS = 20              # of a text, at most: the file is in git
 TEXTS = {
     "code": "def get(self, key):\n    return self.items[key]\n",
     "prose": "The value of the expression is the result of the call, if there is one.",
@@ -294,7 +295,7 @@ def run(name: str, seed: int, options: Options, data: dict) -> dict:
             loads.append(load)
         if done in shown:
             biases.append(torch.stack([router.e_score_correction_bias for router in routers(model)]).cpu())
-            if name in SNAPSHOT_METHODS and seed == options.seeds[0]:
+            if name in SNAPSHOT_METHODS and seed == SNAPSHOT_SEED:
                 snapshots[done] = snapshot(copy.deepcopy(model).cpu(), data)
     entry = {"method": name, "seed": seed, **measure(model.cpu(), data),
              "max_violation": [[round(value, 3) for value in layers]
