@@ -479,13 +479,14 @@ ATTENTION = Mutants(
     \"\"\"Asserts that attention(x, w, config) is right. x is [T, hidden], w maps hub names to float64 weights.\"\"\"
     raise NotImplementedError
 """,
-    hints=("Gains of 1 hide one mutant, one head two, one token two, and a config without YaRN another.",
+    hints=("Gains of 1 hide one mutant from all but the strictest tolerance, one head hides two, one token four, and a "
+           "config without YaRN one.",
            "`layer = MLA(config, 0).double()`, with a config that has YaRN and several heads; make the gains of both "
            "norms uneven; a few tokens; `make_context(config, (1, T), x.dtype, x.device)`; compare to 1e-9."),
     reference=attention_reference, solution=attention_test, cases=attention_cases,
     wrong={
         "latent normed twice": (partial(faulty_attention, normed=norm_twice), "It norms the latent twice: with gains "
-                                "of 1 the second time changes nothing."),
+                                "of 1 the second time changes the seventh digit."),
         "a rope key per head": (partial(faulty_attention, shared=a_key_per_head), "It gives each head another rotary "
                                 "key: one head cannot show that."),
         "half layout": (partial(faulty_attention, turned=turn_halves), "It rotates channel i with channel i + r/2: at "
