@@ -17,6 +17,7 @@ from tiny import tiny_config, tiny_model, tiny_tokens
 
 import minidsv3.generate  # noqa: F401  (the package may export the function under the same name)
 from minidsv3 import ModelConfig, Transformer
+from minidsv3.course.toys import table_model
 
 REAL = sys.modules["minidsv3.generate"]
 SHAPES = [{}, {"num_nextn_predict_layers": 2}, {"mtp_order": "hidden_first"}, {"mtp_hidden": "pre_norm"}]
@@ -107,6 +108,22 @@ def check_end(module):
         assert rows == [[3, 4, 5, 6, 7], [4, 5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11]]
 
 
+def check_mixed(module):
+    """Three rows, drafts right two times in three, words that hang on what is cached; every word is once the end.
+
+    So ends come as accepted drafts, behind them, and in place of refused ones, while other rows go on.
+    """
+    after, drafts = [(word + 3) % 8 for word in range(8)], [(word + 1 + 4 * (word % 3 == 0)) % 8 for word in range(8)]
+    model, prompts = table_model(after, drafts, back=3), [[0, 1, 2], [5, 6, 7, 0], [2, 3, 4, 5, 6]]
+    slow = [continue_slowly(model, prompt, 20) for prompt in prompts]
+    whole = module.generate(model, prompts, 20, speculative=True)
+    assert as_lists(whole) == slow and 0.3 < whole.accepted / whole.drafted < 0.9
+    for eos in range(8):
+        ends = [text[:text.index(eos, len(prompt)) + 1] for prompt, text in zip(prompts, slow)]
+        for speculative in (False, True):
+            assert as_lists(module.generate(model, prompts, 20, speculative=speculative, eos=eos)) == ends
+
+
 @torch.no_grad()
 def exact_distribution(model, sampler, prompt, new):
     """The probability of each of the vocab^new continuations, by the chain rule over all of them."""
@@ -141,7 +158,8 @@ def check_distribution(module):
 
 # ---- the checks hold, and each catches its faults -------------------------------------------------------------------
 
-@pytest.mark.parametrize("check", [check_text, check_drafts, check_forced, check_end, check_distribution])
+@pytest.mark.parametrize("check", [check_text, check_drafts, check_forced, check_end, check_mixed,
+                                   check_distribution])
 def test_holds(check):
     check(REAL)
 
@@ -159,6 +177,9 @@ FAULTS = {
     "the module drafts behind a refused token": (check_drafts, "self.rows, self.last + accepted]", ":, -1]"),
     "tokens follow the eos": (check_end, "new.index(eos) + 1", "len(new)"),
     "the eos is cut": (check_end, "new.index(eos) + 1", "new.index(eos)"),
+    "a row goes on behind its eos": (check_mixed, "rows[row][-1] == eos or ", ""),
+    "the token behind an accepted end is kept": (check_mixed, "new.index(eos) + 1 if eos in new", "new.index(eos) + 1 "
+                                                 "if new[-1] == eos"),
     "every draft is accepted": (check_distribution, "* q_draft < p_draft", "* q_draft >= 0"),
     "a refused draft is redrawn from p": (check_distribution, "rest = (p - q).clamp(min=0)", "rest = p"),
     "the draft is not drawn from its q": (check_distribution, "self.sampler.draw(self.q)", "self.q.argmax(-1)"),
