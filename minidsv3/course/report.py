@@ -44,6 +44,8 @@ REPORT = (
     Row("2.2, eqs. 24-25", "its loss, divided by T", "mtp.prediction_loss", "test_mtp.py::test_loss_is_equation_24"),
     Row("2.2, inference", "speculative decoding with that module", "generate.generate",
         "test_generate.py::test_speculative_equals_plain_in_float32"),
+    Row("5.4.3", "what an acceptance rate buys: tokens a pass, and speed", "cost.speculative_speed",
+        "test_cost.py::test_speculative_decoding_at_the_report_s_acceptance"),
     Row("4.1", "fill-in-the-middle, PSM", "data.fill_in_the_middle",
         "test_data.py::test_fill_in_the_middle_spells_prefix_suffix_middle"),
     Row("4.1", "packing without padding or masks", "data.PackedBatches",
