@@ -46,6 +46,9 @@ class Move(NamedTuple):
 
 MOVES = [
     Move("00_overview", "dial", "routed experts in a layer", "ArrowRight", r"Stored: (\S+ \S) parameters"),
+    Move("01_mla", "calculator", "tokens asked at once, T", "ArrowRight", r"absorbed: (.+)"),
+    Move("02_router", "explorer", "layer with experts", "ArrowLeft", r"next: (.+)"),
+    Move("03_mtp", "view", "acceptance p (%)", "ArrowLeft", r"yours, c = \S+ (\S+) times"),
 ]
 
 
@@ -117,10 +120,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory) -> Iterator[dict]:
-    """A server in an empty folder."""
-    home, folder = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("notebooks")
+    """A server in an empty folder, beside which notebooks find `../results`."""
+    root = tmp_path_factory.mktemp("lab")
+    (root / "notebooks").mkdir()
+    (root / "results").symlink_to(ROOT / "results")
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser"]
-    with jupyter(command, folder, home) as server:
+    with jupyter(command, root / "notebooks", root / "home") as server:
         yield server
 
 
@@ -164,6 +169,12 @@ def open_view(page: Page, lab: dict, sources: list[str]) -> Locator:
     return view
 
 
+def cut_descriptions(view: Locator) -> list[str]:
+    """Descriptions of controls that end in an ellipsis, because they are wider than their place."""
+    labels = view.locator(".widget-label")
+    return labels.evaluate_all("labels => labels.filter(l => l.scrollWidth > l.clientWidth).map(l => l.textContent)")
+
+
 def move_by_keyboard(page: Page, view: Locator, move: Move, patience: float = PATIENCE) -> None:
     """Tab to the control, one key; AssertionError unless the control and then the drawn number change in time."""
     control = view.locator(".widget-inline-hbox", has=page.get_by_text(move.control, exact=True)).get_by_role("slider")
@@ -194,14 +205,18 @@ def cells_of(move: Move) -> list[str]:
 @pytest.mark.parametrize("move", MOVES, ids=lambda move: move.notebook)
 def test_a_slider_moved_by_the_keyboard_changes_the_drawing(move, lab, page):
     view = open_view(page, lab, cells_of(move))
+    assert not cut_descriptions(view)
     move_by_keyboard(page, view, move)
 
 
-def test_a_drawing_that_stays_is_seen(lab, page):
-    """Mutation: a view whose controls move and whose drawing does not."""
-    move = MOVES[0]
-    deaf = f"{move.view}._render = lambda state, drawn={move.view}.drawing.value: drawn"
-    view = open_view(page, lab, [*cells_of(move), deaf])
+def test_faults_of_a_view_are_seen(lab, page):
+    """Mutations: a description too long for its place, and a drawing that stays when a control moves."""
+    move, long = MOVES[0], "layers, " * 9 + "and layers"
+    spoil = (f"{move.view}.controls['layers'].description = '{long}'\n"
+             f"{move.view}._render = lambda state, drawn={move.view}.drawing.value: drawn")
+    view = open_view(page, lab, [*cells_of(move), spoil])
+    expect(view.get_by_text(long)).to_be_visible()
+    assert cut_descriptions(view) == [long]
     with pytest.raises(AssertionError, match="svg text"):
         move_by_keyboard(page, view, move, patience=3)
 
@@ -210,6 +225,11 @@ def test_make_lab_opens_the_course(made_lab, page):
     page.goto(made_lab["page"].as_uri())
     expect(page.get_by_role("heading", name="00 Overview")).to_be_visible()
     assert re.fullmatch(r"http://(127\.0\.0\.1|localhost):\d+/lab/tree/00_overview\.ipynb", page.url)
+
+
+def test_every_view_has_a_move():
+    views = {(path.stem, view.name) for path in FOLDER.glob("*.ipynb") for view in views_of(path)}
+    assert {(move.notebook, move.view) for move in MOVES} == views
 
 
 def test_without_chromium_it_is_skipped_but_not_in_continuous_integration():

@@ -11,7 +11,7 @@ from html import escape
 import ipywidgets
 from traitlets import TraitError
 
-LABEL = {"description_width": "220px"}
+LABEL = {"description_width": "250px"}
 WIDE = {"width": "640px"}
 
 
