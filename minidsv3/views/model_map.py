@@ -89,7 +89,7 @@ def model_map(config: ModelConfig, mark: str | None = None, built: tuple[str, ..
     for name in (*built, *([mark] if mark else [])):
         if name not in PLACES:
             raise ValueError(f"{name!r} is not on the map; its boxes are {', '.join(PLACES)}")
-    picture = Picture(WIDTH / 100, HEIGHT / 100, _alt(config, mark, built))
+    picture = Picture(WIDTH / 100, HEIGHT / 100, _alt(config, mark, built), colours=20)
     axes = picture.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
     axes.axis("off")

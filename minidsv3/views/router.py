@@ -1,5 +1,5 @@
-"""Chapter 02's still pictures: one token's choice, loads and MaxVio over a run, the balance loss in its terms, copies
-between nodes, who works for which kind of text, and pairs of runs.
+"""Chapter 02's still pictures: one token's choice, loads and MaxVio over a run, the balance loss in its terms, who
+works for which kind of text, and pairs of runs.
 
 Each takes plain numbers, so that a toy, a run and a stored experiment are drawn alike.
 """
@@ -16,7 +16,7 @@ from .style import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILIO
 
 LOOKS = ((BLUE, "-", "o"), (VERMILION, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"), (ORANGE, "-", "v"),
          (DARK, "--", "x"))             # colour, dashes and mark, so that no line hangs on its colour alone
-FEW = 16                                # colours that are enough here, see `Picture`
+FEW = 20                                # colours that are enough here, see `Picture`
 
 
 # ---- one token ------------------------------------------------------------------------------------------------------
@@ -35,11 +35,11 @@ def one_token(scores: Sequence[float], bias: Sequence[float], n_group: int, topk
     chosen, choice = routing.experts[0].tolist(), (s + b)
     worth = choice.view(n_group, size).topk(2).values.sum(-1)
     kept = worth.topk(topk_group).indices.tolist()
-    picture = Picture(8.4, 7, "One token and 16 experts in 4 groups, five panels: affinities, affinities plus bias, the worth of "
+    picture = Picture(8.4, 6.8, "One token and 16 experts in 4 groups, five panels: affinities, affinities plus bias, the worth of "
                       "the groups, the choice in the kept groups, and the weights. The bias changes who is chosen; the "
-                      "weights come from the affinities alone.", 24)
+                      "weights come from the affinities alone.", FEW)
     panels = picture.subplots(5, 1, sharex=True)
-    _bars(panels[0], s, "1. affinities s: a sigmoid for each expert", chosen=())
+    _bars(panels[0], s, "1. affinities s, in hundredths: a sigmoid for each expert", chosen=())
     _bars(panels[1], s, "2. s + b (outlined): the bias moves each bar up or down", chosen=(), hollow=choice)
     _group_worth(panels[2], choice, worth, kept, size)
     inside = [i for i in range(len(s)) if i // size in kept]
@@ -57,7 +57,7 @@ def one_token(scores: Sequence[float], bias: Sequence[float], n_group: int, topk
 
 def _bars(axes, values, title: str, chosen, hollow=None, barred=()) -> None:
     """Bars with their numbers: the chosen have a dot and a bold number, what is barred is white."""
-    top = max(values.max(), 0 if hollow is None else hollow.max())
+    top = max(values.tolist() + ([] if hollow is None else hollow.tolist()))
     for i, value in enumerate(values.tolist()):
         axes.bar(i, value, color=WHITE if i in barred else ORANGE if i in chosen else SKY, edgecolor=BLACK, linewidth=0.7,
                  width=0.72)
@@ -67,7 +67,7 @@ def _bars(axes, values, title: str, chosen, hollow=None, barred=()) -> None:
             axes.bar(i, hollow[i].item(), color="none", edgecolor=VERMILION, linewidth=1.8, width=0.9)
         shown = value if hollow is None else hollow[i].item()
         if shown:
-            axes.text(i, height + 0.03 * top, ("\u25cf" if i in chosen else "") + f"{shown:.2f}", ha="center", fontsize=9,
+            axes.text(i, height + 0.03 * top, ("\u25cf" if i in chosen else "") + f"{100 * shown:.0f}", ha="center", fontsize=9,
                       weight="bold" if i in chosen else "normal")
     axes.set_title(title, loc="left", fontsize=11)
     axes.set(ylim=(0, 1.24 * top), yticks=())
@@ -79,8 +79,8 @@ def _group_worth(axes, choice, worth, kept, size: int) -> None:
         axes.bar(group * size + (size - 1) / 2, value, width=size - 0.28, color=ORANGE if group in kept else WHITE,
                  edgecolor=BLACK, linewidth=0.7)
         first, second = choice.view(-1, size)[group].topk(2).values.tolist()
-        axes.text(left + 0.1, value + 0.05, f"{first:.2f} + {second:.2f} = {value:.2f}" + (
-            ": kept" if group in kept else ""), fontsize=8.7, weight="bold" if group in kept else "normal")
+        axes.text(left + 0.1, value + 0.05, f"{100 * first:.0f} + {100 * second:.0f} = {100 * value:.0f}" + (
+            ": kept" if group in kept else ""), fontsize=9, weight="bold" if group in kept else "normal")
     axes.set_title("3. a group is worth its two best s + b; two groups are kept", loc="left", fontsize=11)
     axes.set(ylim=(0, 1.3 * float(worth.max())), yticks=())
 
@@ -104,8 +104,10 @@ def over_steps(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], st
                 axes.plot(steps, values, color=colour, linestyle=dashes, marker=mark, markevery=(len(steps) // 8, len(steps) // 4 or 1),
                           markersize=5, linewidth=1.3, label=None if i else name)
         axes.axhline(floor, color=BLACK, linewidth=1.6)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set(xlabel=f"step (black line: chance, {floor:.2f})", xlim=(steps[0], steps[-1]), ylim=(0, None))
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set(xlabel="step", xlim=(steps[0], steps[-1]), ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.plot([], [], color=BLACK, linewidth=1.6, label=f"chance: {floor:.2f}")
     picture.axes[0].set_ylabel(ylabel)
     picture.tight_layout(rect=(0, 0, 0.8, 1))
     picture.legend(*axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.79, 0.92), frameon=False,
@@ -120,10 +122,10 @@ def bias_paths(panels: Mapping[str, tuple[Sequence[int], Sequence[Sequence[float
                       "mean stays at zero.", FEW)
     for axes, (name, (steps, biases)) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         values = torch.tensor(biases, dtype=torch.float64)
-        axes.plot(steps, values, color=SKY, linewidth=1)
-        axes.plot(steps, values.mean(1), color=BLACK, linewidth=2.6)
+        axes.plot(steps, values.tolist(), color=SKY, linewidth=1, antialiased=False)
+        axes.plot(steps, values.mean(1).tolist(), color=BLACK, linewidth=2.6)
         axes.axhline(0, color=DARK, linewidth=1, linestyle="--")
-        axes.text(steps[-1], values[-1].mean(), f"mean {values[-1].mean():+.2f} ", ha="right", va="bottom", weight="bold",
+        axes.text(steps[-1], values[-1].mean().item(), f"mean {values[-1].mean():+.2f} ", ha="right", va="bottom", weight="bold",
                   bbox=dict(facecolor=WHITE, edgecolor="none", alpha=0.75, pad=1))
         axes.set(title=name, xlabel="step", xlim=(steps[0], steps[-1]))
     picture.axes[0].set_ylabel("bias b")
@@ -145,36 +147,15 @@ def loss_terms(cases: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> 
     grid = picture.subplots(len(cases), 3, squeeze=False)
     for row, (name, (f, p)) in zip(grid, cases.items()):
         product = [a * b for a, b in zip(f, p)]
-        even = 1 / len(p)
-        for axes, values, title, level in zip(row, (f, p, product), (
-                f"{name}: load f", "share P of the affinities", f"f x P, sum {sum(product):.2f}"), (1, even, even)):
+        even = (1 / len(p), f"1/{len(p)}")
+        for axes, values, title, (level, words) in zip(row, (f, p, product), (
+                f"{name}: load f", "share P of the affinities", f"f x P, sum {sum(product):.2f}"), ((1, "1"), even, even)):
             axes.bar(range(len(values)), values, color=GREEN if values is product else ORANGE, edgecolor=BLACK, linewidth=0.6)
             axes.axhline(level, color=BLACK, linestyle="--", linewidth=1)
             axes.set_title(title, loc="left", fontsize=10.5)
-            axes.set(xticks=range(0, len(values), 4), ylim=(0, 1.15 * max(*values, level)))
+            axes.set(xticks=range(0, len(values), 5), yticks=(level,), yticklabels=(words,), ylim=(0, 1.15 * max(*values, level)))
     for axes in grid[-1]:
         axes.set_xlabel("expert")
-    picture.tight_layout()
-    return picture
-
-
-# ---- copies between nodes -------------------------------------------------------------------------------------------
-
-
-@styled
-def copies(counted: Mapping[str, Sequence[float]]) -> Picture:
-    """How often a token is sent to 0, 1, .. other nodes: name -> share of tokens by number of copies."""
-    picture = Picture(8.4, 2.8, f"Shares of tokens by number of copies sent to other nodes, for {', '.join(counted)}. See how "
-                      "merging and limiting move the bars to the left.", FEW)
-    for axes, (name, shares) in zip(picture.subplots(1, len(counted), sharey=True), counted.items()):
-        axes.bar(range(len(shares)), shares, color=PURPLE, edgecolor=BLACK, linewidth=0.6)
-        for count, share in enumerate(shares):
-            if share >= 0.005:
-                axes.text(count, share + 0.012, f"{100 * share:.0f}", ha="center", fontsize=9)
-        mean = sum(count * share for count, share in enumerate(shares))
-        axes.axvline(mean, color=BLACK, linestyle="--", linewidth=1.2)
-        axes.set(title=f"{name}\nmean {mean:.2f}", xlabel="copies to other nodes", xticks=range(len(shares)))
-    picture.axes[0].set(ylabel="share of tokens (%)", yticks=(), ylim=(0, 1.12 * max(map(max, counted.values()))))
     picture.tight_layout()
     return picture
 
@@ -190,13 +171,13 @@ def load_tables(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[
     """
     height = (0.27 * len(rows) + 0.5) * len(tables) + 0.3
     picture = Picture(8, height, f"Load of every expert as a multiple of its row's mean, for {', '.join(tables)}. Compare how far "
-                      "the numbers leave 1.", 32)
+                      "the numbers leave 1.", FEW)
     shades = matplotlib.colormaps["cividis"]
     panels = picture.subplots(len(tables), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, table) in zip(panels, tables.items()):
         values = torch.tensor(table, dtype=torch.float64)
         values = values / values.mean(1, keepdim=True)
-        axes.imshow(values.clamp(max=2), cmap=shades, vmin=0, vmax=2, aspect="auto")
+        axes.imshow(values.clamp(max=2).tolist(), cmap=shades, vmin=0, vmax=2, aspect="auto")
         for (row, column), value in zip(((r, c) for r in range(values.shape[0]) for c in range(values.shape[1])),
                                         values.flatten().tolist()):
             colour = to_hex(shades(min(value, 2) / 2))
@@ -213,22 +194,24 @@ def load_tables(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[
 
 
 @styled
-def slopes(panels: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str, digits: int = 3) -> Picture:
+def slopes(panels: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str, from_start: bool = False) -> Picture:
     """Pairs of equal seeds as lines: panel -> {method: value of each seed, in one order}, two methods a panel.
 
-    The median difference and how many lines fall stand above each panel; a falling line is drawn dashed.
+    Above each panel stand the median difference and how many lines fall; those are dashed. `from_start` draws what
+    each seed gains or loses, so that the distance between seeds, which is no effect of the method, takes no room.
     """
     picture = Picture(8.8, 3.3, f"Slope charts of {ylabel}: a line for each seed between two methods, in the panels "
-                      f"{', '.join(panels)}. Look at the direction of the lines, not at their height.", FEW)
-    for axes, (name, methods) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+                      f"{', '.join(panels)}. Look at the direction of the lines.", FEW)
+    for axes, (name, methods) in zip(picture.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
         (first, before), (second, after) = methods.items()
         changes = [b - a for a, b in zip(before, after, strict=True)]
-        for a, b in zip(before, after):
-            axes.plot([0, 1], [a, b], marker="o", markersize=6, linewidth=1.8, color=BLUE if b < a else VERMILION,
-                      linestyle="--" if b < a else "-")
+        for a, change in zip(before, changes):
+            low = 0 if from_start else a
+            axes.plot([0, 1], [low, low + change], marker="o", markersize=5, linewidth=1.8,
+                      color=BLUE if change < 0 else VERMILION, linestyle="--" if change < 0 else "-")
         middle = sorted(changes)[len(changes) // 2]
-        axes.set_title(f"{name}\n{sum(change < 0 for change in changes)} of {len(changes)} fall,\nmedian "
-                       f"{middle:+.{digits}f}", fontsize=10)
+        axes.set_title(f"{name}\n{sum(change < 0 for change in changes)} of {len(changes)} fall,\nmedian {middle:+.3f}",
+                       fontsize=10)
         axes.set(xlim=(-0.35, 1.35), xticks=(0, 1), xticklabels=(first, second))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y", color=GREY, linewidth=0.5)

@@ -35,7 +35,7 @@ NANO = ModelConfig.preset("nano")       # 16 experts in 4 groups: the geometry o
 EXPERTS, GROUPS, KEPT, TOP_K = (NANO.n_routed_experts, NANO.n_group, NANO.topk_group, NANO.num_experts_per_tok)
 SIZE = EXPERTS // GROUPS
 MOST_TOKENS = 20                        # columns that fit
-TEXTS, METHODS, MOMENTS = ("code", "prose", "comment"), ("none", "sequence", "bias"), 5
+TEXTS, METHODS = ("code", "prose", "comment"), ("none", "sequence", "bias")
 WORDS = {"none": "no balancing", "sequence": "the sequence-wise loss", "bias": "the bias"}
 
 
@@ -63,12 +63,12 @@ class Decision(NamedTuple):
 
 
 def load_snapshots(path: str | Path) -> dict:
-    """The stored snapshots. Raises ValueError for a file of another shape."""
+    """The stored snapshots. Raises ValueError for a file that lacks a method or a text."""
     stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    steps = stored.get("steps", ())
-    if len(steps) != MOMENTS or not set(METHODS) <= set(stored["methods"]) or not set(TEXTS) <= set(stored["texts"]):
-        raise ValueError(f"{path} holds snapshots at the steps {list(steps)}; the explorer needs {MOMENTS} of each of "
-                         f"{', '.join(METHODS)} for the texts {', '.join(TEXTS)}")
+    absent = [*({*METHODS} - {*stored.get("methods", ())}), *({*TEXTS} - {*stored.get("texts", ())})]
+    if absent:
+        raise ValueError(f"{path} holds no snapshots of {', '.join(sorted(absent))}; the explorer needs the methods "
+                         f"{', '.join(METHODS)} and the texts {', '.join(TEXTS)}")
     return stored
 
 
@@ -99,11 +99,11 @@ class LiveRun:
         self._kept.append((step, copy.deepcopy(model), torch.stack([routing.load for routing in record]).int()))
 
     @torch.no_grad()
-    def _read(self, typed: str, moment: int) -> Reading | None:
-        """The text as the model saw it then; None as long as nothing is kept or the text is empty."""
-        if not self._kept or not typed:
+    def _read(self, typed: str, part: float) -> Reading | None:
+        """The text as the model saw it after that part (0 to 1) of what was kept; None as long as nothing is kept."""
+        if not self._kept:
             return None
-        step, model, load = self._kept[min(moment, len(self._kept) - 1)]
+        step, model, load = self._kept[round(part * (len(self._kept) - 1))]
         ids = encode(self._tokenizer, typed)[:MOST_TOKENS]
         record: list[Routing] = []
         model(torch.tensor([ids]), record=record)
@@ -176,7 +176,8 @@ class Seen(NamedTuple):
 
 def look(state: dict, stored: dict, live: LiveRun) -> Seen | None:
     """None if a text was typed and no model has been kept."""
-    reading = live.read(state["typed"], state["moment"]) if state["typed"] else stored_reading(
+    last = len(stored["steps"]) - 1
+    reading = live.read(state["typed"], state["moment"] / last) if state["typed"] else stored_reading(
         stored, state["text"], state["method"], state["moment"])
     if reading is None:
         return None
@@ -251,8 +252,13 @@ def describe(seen: Seen, state: dict) -> str:
             f"goes to experts {', '.join(map(str, sorted(routing.experts[cursor].tolist())))} (groups {kept} kept); expert "
             f"{second} lost it by {distance:.3f}.{barred} Fullest expert here: {int(routing.load.max())} tokens, mean "
             f"{routing.load.mean():.1f}; MaxVio of the held-out batch: {max_violation(seen.load.double()):.2f}. Expert "
-            f"{state['expert']} moved by {state['shift'] / 1000:+.3f}, then {state['updates']} updates at gamma "
+            f"{state['expert']} moved by {signed(state['shift'] / 1000)}, then {state['updates']} updates at gamma "
             f"{state['gamma']:g}: {changed(seen)} tokens go elsewhere.")
+
+
+def signed(value: float) -> str:
+    """Three digits with a sign, and nothing below zero that rounds to it."""
+    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "\u2212")
 
 
 def _row(expert: int) -> float:
@@ -285,7 +291,7 @@ def _rows(seen: Seen, state: dict) -> list[str]:
     for expert in range(EXPERTS):
         y, here = _row(expert) + 14, expert == state["expert"]
         drawn += [text(LEFT - 62, y, f"\u25b6 {expert}" if here else str(expert), 12, "end", bold=here),
-                  text(LEFT - 8, y, f"{seen.after.bias[expert] + 0.0:+.3f}".replace("-0.000", "+0.000"), 12, "end",
+                  text(LEFT - 8, y, signed(float(seen.after.bias[expert])), 12, "end",
                        bold=here)]
     return drawn
 
@@ -374,18 +380,20 @@ def _detail(seen: Seen) -> list[str]:
 
 # ---- the view -------------------------------------------------------------------------------------------------------
 
-START = {"text": "code", "typed": "", "method": "bias", "moment": MOMENTS - 1, "layer": 3, "cursor": 8, "expert": 5,
-         "shift": 0, "gamma": 0.01, "updates": 0}
+def start_state(stored: dict, **changes) -> dict:
+    """How the view opens, some controls moved: the code, at the end of a training with the bias."""
+    return {"text": "code", "typed": "", "method": "bias", "moment": len(stored["steps"]) - 1, "layer": 3, "cursor": 9,
+            "expert": 5, "shift": 0, "gamma": 0.01, "updates": 0} | changes
 
 
-def routing_explorer(stored: dict, live: LiveRun, **start) -> View:
-    """The view. `stored` from `load_snapshots`; `live` keeps the notebook's own models; `start` moves controls."""
-    state = START | start
+def routing_explorer(stored: dict, live: LiveRun) -> View:
+    """The view. `stored` from `load_snapshots`; `live` keeps the notebook's own models."""
+    state = start_state(stored)
     controls: dict[str, ipywidgets.Widget] = {
         "text": choice("built-in text", state["text"], list(TEXTS)),
         "typed": text_field("or type your own (empty: built-in)", state["typed"]),
         "method": choice("trained with (built-in texts)", state["method"], list(METHODS)),
-        "moment": slider("snapshot (0 start, 4 end)", state["moment"], 0, MOMENTS - 1),
+        "moment": slider(f"snapshot (0 start, {state['moment']} end)", state["moment"], 0, state["moment"]),
         "layer": slider("layer with experts", state["layer"], 1, NANO.num_hidden_layers - NANO.first_k_dense_replace),
         "cursor": slider("cursor: token", state["cursor"], 0, MOST_TOKENS - 1),
         "expert": slider("expert whose bias you move", state["expert"], 0, EXPERTS - 1),
@@ -399,15 +407,15 @@ def routing_explorer(stored: dict, live: LiveRun, **start) -> View:
 @styled
 def explorer_states(states: dict[str, dict], stored: dict) -> Picture:
     """Several states side by side: who takes what, and the load of the text, for pages without widgets."""
-    shown_states = {name: look(START | state, stored, LiveRun()) for name, state in states.items()}
-    picture = Picture(9.6, 4.4, "Tokens against experts for several states of the explorer, chosen experts dark, kept groups "
+    shown_states = {name: look(start_state(stored, **state), stored, LiveRun()) for name, state in states.items()}
+    picture = Picture(8.6, 4.2, "Tokens against experts for several states of the explorer, chosen experts dark, kept groups "
                       "shaded. " + "; ".join(f"{name}: fullest expert {int(seen.after.routing.load.max())} tokens"
-                                             for name, seen in shown_states.items()) + ".", 16)
+                                             for name, seen in shown_states.items()) + ".", 20)
     for column, (axes, (name, seen)) in enumerate(zip(picture.subplots(1, len(states), sharey=True),
                                                        shown_states.items())):
         _state_panel(axes, seen)
         axes.set_title(name, fontsize=10)
-        axes.set_ylabel("expert") if column == 0 else None
+        axes.set_ylabel("expert") if column == 0 else axes.set_xticklabels([])
     picture.tight_layout()
     return picture
 
