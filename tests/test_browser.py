@@ -63,6 +63,8 @@ def jupyter(command: list[str], folder: Path, home: Path, opens: str = "jpserver
     settings = home / "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(NO_NEWS))
+    checkpoints = {"FileCheckpoints": {"checkpoint_dir": str(home / "checkpoints")}}    # not beside the notebooks
+    (home / "config/jupyter_server_config.json").write_text(json.dumps(checkpoints))
     runtime = home / "runtime"
     environment = os.environ | {
         "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"),

@@ -1,29 +1,35 @@
 """Every view of the course, made by the cells of its notebook, without a browser: each control moves the drawing."""
 
+import contextlib
 import importlib
 import inspect
+from collections.abc import Callable, Iterator
 from pkgutil import iter_modules
 
 import ipywidgets
 import pytest
+from drawn_text import misplaced
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 from notebooks import FOLDER
-from view_cells import ViewCells, code_cells, needed, shown_name, views_of, widget_classes
+from view_cells import code_cells, needed, shown_name, views_of, widget_classes
 
 from minidsv3 import views
+from minidsv3.views import svg
 from minidsv3.views.explore import View, choice, explore, log_slider, slider
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 VIEWS = {f"{path.stem}-{view.name}": view for path in NOTEBOOKS for view in views_of(path)}
 
 
-def make(view: ViewCells) -> object:
-    """What the cells leave in the view's variable."""
+@pytest.fixture(scope="module", params=VIEWS.values(), ids=VIEWS)
+def view(request) -> object:
+    """What the cells of a notebook leave in its view's variable."""
     left = {}
-    for cell in view.cells:
-        exec(cell.source, left)
-    return left[view.name]
+    with contextlib.chdir(FOLDER):
+        for cell in request.param.cells:
+            exec(cell.source, left)
+    return left[request.param.name]
 
 
 def neighbours(control: ipywidgets.Widget) -> list:
@@ -32,24 +38,39 @@ def neighbours(control: ipywidgets.Widget) -> list:
         return [control.value + "x"]
     if isinstance(control, ipywidgets.Checkbox):
         return [not control.value]
-    if hasattr(control, "options"):         # a drop-down list or a slider over a list: values, or (label, value)
-        values = [option[1] if isinstance(option, tuple) else option for option in control.options]
+    if values := listed(control):
         at = values.index(control.value)
         return values[max(at - 1, 0):at] + values[at + 1:at + 2]
     steps = (control.value - control.step, control.value + control.step)
     return [value for value in steps if control.min <= value <= control.max]
 
 
-def moves_without_effect(view: View) -> list[str]:
-    """Moves of one control by one step, from where the view opens, that leave the drawing as it was."""
-    start, drawn, faults = view.state, view.drawing.value, []
+def ends(control: ipywidgets.Widget) -> list:
+    """The first and the last value of a control that has them."""
+    if values := listed(control):
+        return [values[0], values[-1]]
+    return [control.min, control.max] if hasattr(control, "min") else []
+
+
+def listed(control: ipywidgets.Widget) -> list:
+    """The values of a drop-down list or of a slider over a list, which have them alone or as (label, value)."""
+    return [option[1] if isinstance(option, tuple) else option for option in getattr(control, "options", ())]
+
+
+def drawings(view: View, values: Callable[[ipywidgets.Widget], list]) -> Iterator[tuple[str, str]]:
+    """One control at a time moved from where the view opens: what was moved, and the drawing then."""
+    start = view.state
     for name, control in view.controls.items():
-        for value in neighbours(control):
+        for value in values(control):
             control.value = value
-            if view.drawing.value == drawn:
-                faults.append(f"{name} from {start[name]!r} to {value!r}")
+            yield f"{name} from {start[name]!r} to {value!r}", view.drawing.value
             view.set(**start)
-    return faults
+
+
+def moves_without_effect(view: View) -> list[str]:
+    """Moves of one control by one step that leave the drawing as it was."""
+    drawn = view.drawing.value
+    return [move for move, drawing in drawings(view, neighbours) if drawing == drawn]
 
 
 def other_boxes(cells: list[NotebookNode]) -> list[str]:
@@ -65,12 +86,20 @@ def factories() -> list[str]:
     return sorted(found - {explore.__name__})
 
 
-@pytest.mark.parametrize("cells", VIEWS.values(), ids=VIEWS)
-def test_each_control_moves_the_drawing(cells, monkeypatch):
-    monkeypatch.chdir(FOLDER)
-    view = make(cells)
+def test_each_control_moves_the_drawing(view):
     assert isinstance(view, View) and view.controls
     assert not moves_without_effect(view)
+
+
+def test_words_stay_in_the_drawing_and_apart(view):
+    """Where the view opens, with each control at either end, and with all of them there."""
+    start = view.state
+    assert not misplaced(view.drawing.value)
+    assert not [(move, faults) for move, drawing in drawings(view, ends) if (faults := misplaced(drawing))]
+    for end in (0, -1):
+        view.set(**{name: ends(control)[end] for name, control in view.controls.items() if ends(control)})
+        assert not misplaced(view.drawing.value)
+        view.set(**start)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -100,6 +129,17 @@ def half_deaf(**controls: ipywidgets.Widget) -> View:
     (ipywidgets.Text("t", description="b"), ["b from 't' to 'tx'"])], ids=lambda value: type(value).__name__)
 def test_a_control_without_effect_is_seen(b, moves):
     assert moves_without_effect(half_deaf(a=slider("a", 1, 0, 9), b=b)) == moves
+
+
+@pytest.mark.parametrize("parts, faults", [
+    ([svg.text(10, 30, "ten letter"), svg.text(110, 30, "apart"), svg.text(10, 46, "below")], []),
+    ([svg.text(10, 30, "ten letter"), svg.text(68, 30, "near")], ["'ten letter' lies on 'near'"]),
+    ([svg.text(10, 30, "ten letter"), svg.text(50, 40, "below", 16, "middle")], ["'ten letter' lies on 'below'"]),
+    ([svg.text(880, 30, "outside")], ["'outside' leaves the drawing"]),
+    ([svg.text(899, 30, "inside", anchor="end"), svg.text(20, 30, "outside", 14, "end")], ["'outside' leaves the drawing"]),
+    ([svg.text(10, 99, "inside"), svg.text(10, 8, "outside")], ["'outside' leaves the drawing"])])
+def test_misplaced_words_are_seen(parts, faults):
+    assert misplaced("<p>Words.</p>" + svg.page("words", 100, parts)) == faults
 
 
 def shows(plain_text: str, source: str = "dial") -> NotebookNode:

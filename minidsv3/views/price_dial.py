@@ -120,7 +120,7 @@ def _legend(top: float) -> str:
 
 DIALS = {"stored": "parameters stored", "flops_per_token": "work of a training token", "hours": "H800 hours",
          "dollars": "rent"}
-LONGEST = 3.6                           # times the preset: longer bars are cut, their number is not
+LONGEST = 3.4                           # times the preset: longer bars are cut, their number is not
 
 
 def _dials(facts: dict, reference: dict, preset: str) -> list[str]:
@@ -133,8 +133,15 @@ def _dials(facts: dict, reference: dict, preset: str) -> list[str]:
         length = unit * min(ratio, LONGEST)
         drawn += [text(LEFT, y + 18, name, 15), text(zero - 14, y + 18, readable(key, facts), 16, "end", bold=True),
                   rectangle(zero, y + 2, length, 22, Fill(ORANGE)),
-                  text(zero + length + 8, y + 18, f"x {ratio:.2f}", 14)]
+                  text(zero + length + 8, y + 18, f"x {_times(ratio)}", 14)]
     return drawn
+
+
+def _times(ratio: float) -> str:
+    """1.06, 16,873 or 0.0002: two decimals, no more than can be read, no fewer than say something."""
+    if ratio >= 100:
+        return f"{ratio:,.0f}"
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
 
 
 @styled
