@@ -1,4 +1,4 @@
-"""Where the words of a view's SVG come to lie, in DejaVu Sans: the widest font that a browser takes for `sans-serif`."""
+"""Where the words of a view's SVG come to lie, in DejaVu Sans, the widest font that browsers take for `sans-serif`."""
 
 import xml.etree.ElementTree as ElementTree
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""The course as a reader meets it: JupyterLab in Chromium, a slider moved by the keyboard, other numbers in the drawing.
+"""The course as readers meet it: JupyterLab in Chromium, a slider moved by the keyboard, other numbers in the drawing.
 
 Of each notebook only the view's cell runs, and the cells that define the names it uses (`view_cells.py`): they are
 copied into a notebook of their own, and the training of a chapter, which the view does not wait for, stays out. That

@@ -136,7 +136,8 @@ def test_a_control_without_effect_is_seen(b, moves):
     ([svg.text(10, 30, "ten letter"), svg.text(68, 30, "near")], ["'ten letter' lies on 'near'"]),
     ([svg.text(10, 30, "ten letter"), svg.text(50, 40, "below", 16, "middle")], ["'ten letter' lies on 'below'"]),
     ([svg.text(880, 30, "outside")], ["'outside' leaves the drawing"]),
-    ([svg.text(899, 30, "inside", anchor="end"), svg.text(20, 30, "outside", 14, "end")], ["'outside' leaves the drawing"]),
+    ([svg.text(899, 30, "inside", anchor="end"), svg.text(9, 30, "outside", 14, "end")],
+     ["'outside' leaves the drawing"]),
     ([svg.text(10, 99, "inside"), svg.text(10, 8, "outside")], ["'outside' leaves the drawing"])])
 def test_misplaced_words_are_seen(parts, faults):
     assert misplaced("<p>Words.</p>" + svg.page("words", 100, parts)) == faults

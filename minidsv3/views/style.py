@@ -72,7 +72,8 @@ class Picture(Figure):
             self.canvas.draw()
         drawn = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
         buffer = io.BytesIO()
-        drawn.quantize(self.colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
+        few = drawn.quantize(self.colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        few.save(buffer, format="png", optimize=True)
         return buffer.getvalue()
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
