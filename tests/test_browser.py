@@ -83,7 +83,7 @@ def wait_for(server: subprocess.Popen, folder: Path, pattern: str, log: str) -> 
     """The file that Jupyter writes last before it serves: a page that leads to the notebook."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and server.poll() is None:
-        if found := list(folder.glob(pattern)):
+        if found := [path for path in folder.glob(pattern) if path.stat().st_size]:
             return found[0]
         time.sleep(0.1)
     raise RuntimeError(f"JupyterLab did not start:\n{Path(log).read_text()[-2000:]}")
@@ -184,7 +184,7 @@ def move_by_keyboard(page: Page, view: Locator, move: Move, patience: float = PA
         page.keyboard.press("Tab")
         if control.evaluate("element => element === document.activeElement"):
             break
-    expect(control, f"Tab never reached {move.control!r}").to_be_focused(timeout=1)
+    expect(control, f"Tab never reached {move.control!r}").to_be_focused(timeout=1000)
     value, drawn = control.get_attribute("aria-valuenow"), drawn_number(view, move)
     page.keyboard.press(move.key)
     expect(control).not_to_have_attribute("aria-valuenow", value, timeout=1000 * patience)
