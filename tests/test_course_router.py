@@ -38,7 +38,8 @@ def test_copies_by_counting_every_choice(experts, nodes, top_k):
 
 def test_numbers_in_the_gate_s_sentence():
     """s = 0.8, 0.3 and b = -0.3, +0.15: .53/.47 with the leak, .73/.27 without."""
-    logits, bias = torch.tensor([[0.8, 0.3]], dtype=torch.float64).logit(), torch.tensor([-0.3, 0.15], dtype=torch.float64)
+    logits = torch.tensor([[0.8, 0.3]], dtype=torch.float64).logit()
+    bias = torch.tensor([-0.3, 0.15], dtype=torch.float64)
     assert [f"{w:.2f}" for w in router.gate_solution(logits, bias, 2, 1.0)[0]] == ["0.73", "0.27"]
     assert [f"{w:.2f}" for w in router.gate_with_leaking_bias(logits, bias, 2, 1.0)[0]] == ["0.53", "0.47"]
 
@@ -63,7 +64,8 @@ def test_loads_have_an_expert_at_the_mean_and_signs_that_disagree(seed):
     for bias, load, gamma in cases(router.UPDATE, seed):
         total = load.sum(0).double()
         assert (total == total.mean()).any() and (total < total.mean()).sum() != (total > total.mean()).sum()
-        assert difference(router.update_per_micro_batch(bias, load, gamma), router.update_reference(bias, load, gamma), 1e-9)
+        right = router.update_reference(bias, load, gamma)
+        assert difference(router.update_per_micro_batch(bias, load, gamma), right, 1e-9)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

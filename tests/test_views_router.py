@@ -1,4 +1,4 @@
-"""Chapter 02's pictures and its explorer: choices against the package, the rules of every view, and moves that matter."""
+"""Chapter 02's pictures and explorer: choices against the package, the rules of every view, moves that matter."""
 
 import copy
 import json
@@ -25,7 +25,8 @@ WORDS = ["def", " get", "(", "self", ",", " key", "):\n", "   ", " return", " se
 def made(seed: int = 0) -> dict:
     """Snapshots of the stored shape, from random numbers; the last ones lean to a few experts."""
     source = random.Random(seed)
-    stored = {"texts": {"code": WORDS, "prose": [" <b> & \u4e2d", "\t", "a" * 30, " x"], "comment": ["#", " \u201cy\u201d"]},
+    texts = {"code": WORDS, "prose": [" <b> & \u4e2d", "\t", "a" * 30, " x"], "comment": ["#", " \u201cy\u201d"]}
+    stored = {"texts": texts,
               "methods": ["none", "sequence", "bias"], "steps": [0, 5, 20, 80, 160], "load_tokens": 2048,
               "scores": {}, "bias": {}, "load": {}}
     for method in stored["methods"]:
@@ -33,9 +34,13 @@ def made(seed: int = 0) -> dict:
             stored[name][method] = {}
         for step in map(str, stored["steps"]):
             lean = [[source.gauss(500, 60) for _ in range(16)] for _ in range(5)]
+
+            def score(middle: float) -> int:
+                return min(max(round(source.gauss(middle, 90)), 0), 1000)
+
             stored["scores"][method][step] = {
-                text: [[[min(max(round(source.gauss(lean[layer][e], 90)), 0), 1000) for e in range(16)] for _ in tokens]
-                       for layer in range(5)] for text, tokens in stored["texts"].items()}
+                text: [[[score(middle) for middle in layer] for _ in tokens] for layer in lean]
+                for text, tokens in texts.items()}
             stored["bias"][method][step] = [[source.randint(-120, 120) * (method == "bias") for _ in range(16)]
                                             for _ in range(5)]
             stored["load"][method][step] = [[source.randint(50, 900) for _ in range(16)] for _ in range(5)]
@@ -54,7 +59,8 @@ STATES = {name: explorer.start_state(STORED, **changes) for name, changes in {
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_choices_are_the_package_s(state):
     seen = explorer.look(state, STORED, EMPTY)
-    scores = explorer.stored_reading(STORED, state["text"], state["method"], state["moment"]).scores[state["layer"] - 1]
+    reading = explorer.stored_reading(STORED, state["text"], state["method"], state["moment"])
+    scores = reading.scores[state["layer"] - 1]
     want = route(scores.logit(), seen.after.bias, n_group=4, topk_group=2, top_k=4, scaling_factor=2.5)
     assert torch.allclose(seen.after.routing.weights.sum(-1), torch.full((len(scores),), 2.5, dtype=torch.float64))
     same = (seen.after.routing.experts.sort().values == want.experts.sort().values).all(-1)
@@ -103,8 +109,8 @@ def test_a_bias_moves_membership_and_no_ratio():
 
 
 def test_updates_even_the_text_out_and_large_steps_do_not():
-    facts = {gamma: explorer.facts_of(STATES["start"] | {"method": "none", "updates": 60, "gamma": gamma}, STORED, EMPTY)
-             for gamma in (0.0001, 0.01)}
+    start = STATES["start"] | {"method": "none", "updates": 60}
+    facts = {gamma: explorer.facts_of(start | {"gamma": gamma}, STORED, EMPTY) for gamma in (0.0001, 0.01)}
     assert facts[0.01]["fullest here"] - facts[0.01]["emptiest here"] < (
         facts[0.0001]["fullest here"] - facts[0.0001]["emptiest here"])
 
@@ -190,7 +196,8 @@ def test_without_a_model_typed_text_says_so():
     state = explorer.start_state(STORED, typed="x")
     html = explorer.render(state, STORED, EMPTY)
     check_rules(html)
-    assert "No model is trained in this kernel yet" in html and explorer.facts_of(state, STORED, EMPTY) == {"tokens": 0}
+    assert "No model is trained in this kernel yet" in html
+    assert explorer.facts_of(state, STORED, EMPTY) == {"tokens": 0}
 
 
 def test_the_view_moves_in_code(live):
@@ -210,7 +217,8 @@ PICTURES = {
     "one token": lambda: draw.one_token(SCORES, BIASES, 4, 2, 4, 2.5),
     "over steps": lambda: draw.over_steps({"a": {"x": [[2, 1, 0.5]], "y": [[2, 2, 2], [1, 1, 1]]}}, [0, 5, 10], 0.1),
     "bias paths": lambda: draw.bias_paths({"a": ([0, 1], [[0, 0], [0.1, 0.2]]), "b": ([0, 1], [[0, 0], [0, -0.2]])}),
-    "loss terms": lambda: draw.loss_terms({"flat": ([2, 2, 0, 0], [0.25] * 4), "sure": ([2, 2, 0, 0], [0.5, 0.5, 0, 0])}),
+    "loss terms": lambda: draw.loss_terms({"flat": ([2, 2, 0, 0], [0.25] * 4),
+                                           "sure": ([2, 2, 0, 0], [0.5, 0.5, 0, 0])}),
     "tables": lambda: draw.load_tables({"none": [[1, 9], [5, 5]], "bias": [[5, 5], [4, 6]]}, ["code", "prose"]),
     "slopes": lambda: draw.slopes({"a": {"x": [1.0, 2.0], "y": [1.5, 1.9]}}, "nats"),
     "differences": lambda: draw.slopes({"a": {"x": [1.0, 2.0], "y": [1.5, 1.9]}}, "nats", from_start=True),
@@ -240,8 +248,8 @@ def texts(axes) -> list[str]:
 
 def test_one_token_chooses_as_the_package():
     panels = PICTURES["one token"]().axes
-    logits = torch.tensor(SCORES, dtype=torch.float64).logit()[None]
-    routing = route(logits, torch.tensor(BIASES, dtype=torch.float64), n_group=4, topk_group=2, top_k=4, scaling_factor=2.5)
+    scores, bias = torch.tensor(SCORES, dtype=torch.float64), torch.tensor(BIASES, dtype=torch.float64)
+    routing = route(scores.logit()[None], bias, n_group=4, topk_group=2, top_k=4, scaling_factor=2.5)
     want = {f"\u25cf{100 * weight:.0f}" for weight in routing.weights[0].tolist()}
     assert {words for words in texts(panels[4])} == want
     assert sum(words.startswith("\u25cf") for words in texts(panels[3])) == 4

@@ -78,28 +78,31 @@ def gates(source: random.Random) -> dict[str, tuple]:
 
 GATE = Exercise(
     id="2.1", title="The gate: chosen with the bias, weighed without", stars=1, minutes=15,
-    why="the bias in the weight is the commonest fault of routers written from scratch, and training hides it well",
-    statement="Return the weight of every expert for every token, `[N, experts]`, 0 for those not chosen: sigmoid, choose "
-              "`top_k` with the bias, weigh without it, let the weights add up to `scale`. No groups yet.",
+    why="public routers written from scratch do let the bias into the weight, and training hides it well",
+    statement="Return the weight of every expert for every token, `[N, experts]`, 0 for those not chosen: sigmoid, "
+              "choose `top_k` with the bias, weigh without it, let the weights add up to `scale`. No groups yet.",
     stub="""def gate(logits, bias, top_k, scale):
     \"\"\"logits [N, experts], bias [experts]. Equations 13, 15 and 16, and the factor of the config.\"\"\"
     raise NotImplementedError
 """,
     hints=("Two questions, two formulas: *who* uses s + b, *how much* uses s.",
-           "`chosen = (s + bias).topk(top_k).indices`, then `s.gather(1, chosen)`, divide by its sum, times `scale`, and "
-           "`scatter` back into zeros."),
+           "`chosen = (s + bias).topk(top_k).indices`, then `s.gather(1, chosen)`, divide by its sum, times `scale`, "
+           "and `scatter` back into zeros."),
     reference=gate_reference, solution=gate_solution, cases=gates, tol=1e-9,
     wrong={
-        "bias leaks": (gate_with_leaking_bias, "The bias leaks into the weights. With s = 0.8 and 0.3 and b = -0.3 and "
-                       "+0.15 this gives .53/.47, where .73/.27 is right: b says who, s says how much."),
-        "softmax": (gate_with_softmax, "This takes a softmax over the experts. V3's affinity is a sigmoid of each product "
-                    "alone (equation 15): raising one expert's does not lower the others'."),
-        "normalised over all": (gate_normalised_over_all, "This divides by the sum over all experts. Equation 13 divides "
-                                "by the sum over the chosen ones, so that their weights add up to the scale."),
-        "scaled before": (gate_scaled_before, "The scale is gone: multiplied before the division it cancels. First "
-                          "normalise, then multiply."),
-        "no bias": (gate_without_bias, "The bias plays no part here. It must be added before top-k, where it decides who "
-                    "is chosen."),
+        "bias leaks": (gate_with_leaking_bias,
+            "The bias leaks into the weights. With s = 0.8 and 0.3 and b = -0.3 and +0.15 this gives .53/.47, where "
+            ".73/.27 is right: b says who, s says how much."),
+        "softmax": (gate_with_softmax,
+            "This takes a softmax over the experts. V3's affinity is a sigmoid of each product alone (equation 15): "
+            "raising one expert's does not lower the others'."),
+        "normalised over all": (gate_normalised_over_all,
+            "This divides by the sum over all experts. Equation 13 divides by the sum over the chosen ones, so that "
+            "their weights add up to the scale."),
+        "scaled before": (gate_scaled_before,
+            "The scale is gone: multiplied before the division it cancels. First normalise, then multiply."),
+        "no bias": (gate_without_bias,
+            "The bias plays no part here. It must be added before top-k, where it decides who is chosen."),
     })
 
 
@@ -162,31 +165,36 @@ def grouped_scores(source: random.Random) -> dict[str, tuple]:
 
 GROUPS = Exercise(
     id="2.2", title="Few groups: node-limited top-k", stars=2, minutes=25,
-    why="a mask of 0 ran in public code for months: released biases are said to be positive, which hides it",
-    statement="Return who is chosen, `[N, experts]`: 1 (or True) for chosen, 0 for not. Experts lie in `n_group` groups, one after the other. A group is "
-              "worth the sum of its **two** best s + b; the best `topk_group` groups stay, and `top_k` experts are chosen "
-              "in them by s + b.",
+    why="a mask of 0 stood in public code until someone tried biases below zero; positive ones hide it",
+    statement="Return who is chosen, `[N, experts]`: 1 (or True) for chosen, 0 for not. Experts lie in `n_group` "
+              "groups, one after the other. A group is worth the sum of its **two** best s + b; the best `topk_group` "
+              "groups stay, and `top_k` experts are chosen in them by s + b.",
     stub="""def choose(scores, bias, n_group, topk_group, top_k):
     \"\"\"scores [N, experts] after the sigmoid, bias [experts] of any sign.\"\"\"
     raise NotImplementedError
 """,
-    hints=("What must a forbidden expert look like, so that it loses against **every** allowed one, also a negative one?",
+    hints=("What must a forbidden expert look like, so that it loses against **every** allowed one, also a negative "
+           "one?",
            "`unflatten(1, (n_group, -1))`; `topk(2).values.sum(-1)` a group; keep the best groups; `masked_fill` the "
            "others with -inf; `flatten(1).topk(top_k)`."),
     reference=choose_reference, solution=choose_solution, cases=grouped_scores,
     wrong={
-        "mask 0": (choose_with_mask_of_zero, "A forbidden expert is masked with 0 here. As soon as s + b of an allowed "
-                   "expert is negative, 0 beats it: mask with -inf."),
-        "best alone": (choose_by_best_of_group, "A group is judged by its best expert alone. The released code adds its "
-                       "two best."),
-        "mean": (choose_by_mean_of_group, "A group is judged by all its experts (mean or sum). Only its two best count: the "
-                 "others would not be chosen anyway."),
-        "K/M best": (choose_by_share_of_group, "A group is judged by its top_k / topk_group best, as the report writes. The "
-                     "released code always adds two; both agree at full size (8 / 4), not here."),
-        "masked after top-k": (choose_then_mask, "This takes top-k first and then strikes out forbidden experts, so that "
-                               "tokens end up with fewer than top_k. Mask first."),
-        "groups without bias": (choose_groups_without_bias, "Groups are ranked by s here and experts by s + b. The bias "
-                                "belongs to both choices."),
+        "mask 0": (choose_with_mask_of_zero,
+            "A forbidden expert is masked with 0 here. As soon as s + b of an allowed expert is negative, 0 beats "
+            "it: mask with -inf."),
+        "best alone": (choose_by_best_of_group,
+            "A group is judged by its best expert alone. The released code adds its two best."),
+        "mean": (choose_by_mean_of_group,
+            "A group is judged by all its experts (mean or sum). Only its two best count: the others would not be "
+            "chosen anyway."),
+        "K/M best": (choose_by_share_of_group,
+            "A group is judged by its top_k / topk_group best, as the report writes. The released code always adds "
+            "two; both agree at full size (8 / 4), not here."),
+        "masked after top-k": (choose_then_mask,
+            "This takes top-k first and then strikes out forbidden experts, so that tokens end up with fewer than "
+            "top_k. Mask first."),
+        "groups without bias": (choose_groups_without_bias,
+            "Groups are ranked by s here and experts by s + b. The bias belongs to both choices."),
     })
 
 
@@ -248,9 +256,9 @@ def loads(source: random.Random) -> dict[str, tuple]:
 UPDATE = Exercise(
     id="2.3", title="The bias takes a step", stars=1, minutes=15,
     why="this line is all that stands between V3 and crowded experts, and frameworks still differ in it",
-    statement="Return the biases after one optimiser step. `load` `[micro-batches, experts]` counts the tokens that each "
-              "expert got in every micro-batch of the step. An expert above the mean goes down by `gamma`, one below goes "
-              "up by `gamma`, one exactly at the mean stays.",
+    statement="Return the biases after one optimiser step. `load` `[micro-batches, experts]` counts the tokens that "
+              "each expert got in every micro-batch of the step. An expert above the mean goes down by `gamma`, one "
+              "below goes up by `gamma`, one exactly at the mean stays.",
     stub="""def update(bias, load, gamma):
     \"\"\"bias [experts] float64, load [micro-batches, experts] int64.\"\"\"
     raise NotImplementedError
@@ -260,15 +268,19 @@ UPDATE = Exercise(
            "`bias + gamma * torch.sign(mean - total)`."),
     reference=update_reference, solution=update_solution, cases=loads, tol=1e-12,
     wrong={
-        "sign flipped": (update_with_flipped_sign, "The sign is flipped: crowded experts become more attractive, and a few "
-                         "steps later everybody is there."),
-        "in proportion": (update_in_proportion, "The step grows with the violation here. The report's does not: gamma up "
-                          "or gamma down, however far from the mean."),
-        "per micro-batch": (update_per_micro_batch, "The bias moves after every micro-batch here. It moves once an "
-                            "optimiser step, on the load of the whole batch."),
-        "centred": (update_centred, "The steps are centred here (their mean subtracted), as one framework does. The report "
-                    "does not, and so the mean of the biases drifts."),
-        "moves at equality": (update_at_equality, "An expert exactly at the mean moves here. It should stay: sign(0) is 0."),
+        "sign flipped": (update_with_flipped_sign,
+            "The sign is flipped: crowded experts become more attractive, and a few steps later everybody is there."),
+        "in proportion": (update_in_proportion,
+            "The step grows with the violation here. The report's does not: gamma up or gamma down, however far "
+            "from the mean."),
+        "per micro-batch": (update_per_micro_batch,
+            "The bias moves after every micro-batch here. It moves once an optimiser step, on the load of the whole "
+            "batch."),
+        "centred": (update_centred,
+            "The steps are centred here (their mean subtracted), as one framework does. The report does not, and so "
+            "the mean of the biases drifts."),
+        "moves at equality": (update_at_equality,
+            "An expert exactly at the mean moves here. It should stay: sign(0) is 0."),
     })
 
 
@@ -327,27 +339,31 @@ def sequences(source: random.Random) -> dict[str, tuple]:
 
 BALANCE = Exercise(
     id="2.4", title="The sequence-wise loss", stars=2, minutes=25,
-    why="four frameworks had to repair theirs; a factor that is wrong here never crashes, it only teaches something else",
-    statement="Return equations 17 to 20 without alpha, mean over the sequences. With a perfectly even load the result is "
-              "1. The bias is handed to you: decide whether it belongs here.",
+    why="several frameworks had to repair theirs: a wrong factor never crashes, it only teaches something else",
+    statement="Return equations 17 to 20 without alpha, mean over the sequences. With a perfectly even load the "
+              "result is 1. The bias is handed to you: decide whether it belongs here.",
     stub="""def balance_loss(logits, bias, top_k):
     \"\"\"logits [sequences, tokens, experts], bias [experts]. Returns one number.\"\"\"
     raise NotImplementedError
 """,
     hints=("Read the indicator of equation 18: TopK of what? And P in equation 20: of the chosen, or of all?",
-           "f: mean over the tokens of 1 for the top_k largest s, times experts / top_k. P: mean over the tokens of s over "
-           "the sum of all s. Sum f * P over the experts for each sequence, then the mean."),
+           "f: mean over the tokens of 1 for the top_k largest s, times experts / top_k. P: mean over the tokens of s "
+           "over the sum of all s. Sum f * P over the experts for each sequence, then the mean."),
     reference=balance_reference, solution=balance_solution, cases=sequences, tol=1e-9,
     wrong={
-        "chosen with bias": (balance_with_bias, "f counts the choice on s + b here. Equation 18 takes TopK of s alone: the "
-                             "loss must see what the bias has covered up."),
-        "softmax": (balance_with_softmax, "P is a softmax here. Equation 19 divides the sigmoids by their sum over all "
-                    "experts."),
-        "gate weights": (balance_with_gate_weights, "P is made from the gate's weights here, zero for those not chosen. "
-                         "Equation 20 takes the share of every expert among all affinities."),
-        "whole batch": (balance_of_whole_batch, "This takes the batch as one sequence. That is the batch-wise loss: it lets "
-                        "one sequence be all code as long as another is all prose."),
-        "no factor": (balance_without_factor, "The factor N_r / K_r of equation 18 is missing: an even load should give 1."),
+        "chosen with bias": (balance_with_bias,
+            "f counts the choice on s + b here. Equation 18 takes TopK of s alone: the loss must see what the bias "
+            "has covered up."),
+        "softmax": (balance_with_softmax,
+            "P is a softmax here. Equation 19 divides the sigmoids by their sum over all experts."),
+        "gate weights": (balance_with_gate_weights,
+            "P is made from the gate's weights here, zero for those not chosen. Equation 20 takes the share of "
+            "every expert among all affinities."),
+        "whole batch": (balance_of_whole_batch,
+            "This takes the batch as one sequence. That is the batch-wise loss: it lets one sequence be all code as "
+            "long as another is all prose."),
+        "no factor": (balance_without_factor,
+            "The factor N_r / K_r of equation 18 is missing: an even load should give 1."),
     })
 
 
@@ -394,9 +410,9 @@ def clusters(source: random.Random) -> dict[str, tuple]:
 COPIES = Exercise(
     id="2.5", title="How many nodes does a token visit?", stars=2, minutes=20,
     why="copies between nodes are what expert parallelism pays for; chapter 06 turns this number into time",
-    statement="A token sits on one of `nodes` nodes, which share `experts` experts evenly, and chooses `top_k` different "
-              "experts at random. It is sent once to each node that holds at least one of them; its own node costs "
-              "nothing. Return the expected number of copies sent.",
+    statement="A token sits on one of `nodes` nodes, which share `experts` experts evenly, and chooses `top_k` "
+              "different experts at random. It is sent once to each node that holds at least one of them; its own "
+              "node costs nothing. Return the expected number of copies sent.",
     stub="""def copies(experts, nodes, top_k):
     \"\"\"Expected copies of one token over the wires between nodes, without any node limit.\"\"\"
     raise NotImplementedError
@@ -406,12 +422,14 @@ COPIES = Exercise(
            "`math.comb` counts."),
     reference=copies_reference, solution=copies_solution, cases=clusters, tol=1e-9,
     wrong={
-        "with replacement": (copies_with_replacement, "This draws with replacement (4.59 at full size). The experts of a "
-                             "token are different ones, which spreads them a little more: 4.63."),
-        "own node counted": (copies_with_own_node, "This counts the token's own node too (5.29 at full size). What is on "
-                             "the same node does not cross a wire between nodes."),
-        "a copy an expert": (copies_per_expert, "This sends a copy for each expert (7.00 at full size), even if two of them "
-                             "are on one node."),
+        "with replacement": (copies_with_replacement,
+            "This draws with replacement (4.59 at full size). The experts of a token are different ones, which "
+            "spreads them a little more: 4.63."),
+        "own node counted": (copies_with_own_node,
+            "This counts the token's own node too (5.29 at full size). What is on the same node does not cross a "
+            "wire between nodes."),
+        "a copy an expert": (copies_per_expert,
+            "This sends a copy for each expert (7.00 at full size), even if two of them are on one node."),
         "the most there can be": (copies_at_most, "This is the largest number there can be, not the expected one."),
     })
 
@@ -482,30 +500,33 @@ def router_test(route):
 
 ROUTERS = Mutants(
     id="2.6", title="Kill the mutants: eight routers", stars=2, minutes=15,
-    why="all eight pass a test with biases of zero and one group; that is how they were published",
+    why="a model with any of these routers runs, trains and looks reasonable; only inputs chosen on purpose tell",
     statement="Write a test for `route(logits, bias, n_group, topk_group, top_k, scale)`, which returns the weights "
-              "`[N, experts]`, 0 for those not chosen. It is run against the package's router, which it must spare, and "
-              "against eight wrong ones, which it should kill.",
+              "`[N, experts]`, 0 for those not chosen. It is run against the package's router, which it must spare, "
+              "and against eight wrong ones, which it should kill.",
     stub="""def router_test(route):
     \"\"\"Asserts that route(logits, bias, n_group, topk_group, top_k, scale) is right. logits [N, experts].\"\"\"
     raise NotImplementedError
 """,
     hints=("Which inputs hide a fault? A bias of 0, a positive bias, one group, a scale of 1, a single token.",
-           "Many tokens in float64; biases well below zero and biases of both signs; more groups than may be used. Compute "
-           "what is right token by token, with plain Python: sort, sum, divide."),
+           "Many tokens in float64; biases well below zero and biases of both signs; more groups than may be used. "
+           "Compute what is right token by token, with plain Python: sort, sum, divide."),
     reference=route_reference, solution=router_test, cases=routed_batch,
     wrong={
         "bias leaks": (route_with_leaking_bias, "It weighs by s + b: a bias of 0 cannot show that."),
-        "mask 0": (route_with_mask_of_zero, "It masks forbidden experts with 0: only a negative s + b can show that."),
-        "best of group": (route_by_best_of_group, "It ranks groups by their best expert alone: use enough tokens for a group "
-                          "with one star and one with two good experts to meet."),
-        "groups without bias": (route_groups_without_bias, "It ranks groups by s, experts by s + b: only biases that "
-                                "differ between groups can show that."),
+        "mask 0": (route_with_mask_of_zero,
+            "It masks forbidden experts with 0: only a negative s + b can show that."),
+        "best of group": (route_by_best_of_group,
+            "It ranks groups by their best expert alone: use enough tokens for a group with one star and one with "
+            "two good experts to meet."),
+        "groups without bias": (route_groups_without_bias,
+            "It ranks groups by s, experts by s + b: only biases that differ between groups can show that."),
         "no bias": (route_without_bias, "It never looks at the bias."),
-        "no groups": (route_without_groups, "It takes the best experts wherever they are: allow fewer groups than there are."),
+        "no groups": (route_without_groups,
+            "It takes the best experts wherever they are: allow fewer groups than there are."),
         "softmax": (route_with_softmax, "It takes a softmax for the sigmoid: the order stays, the weights do not."),
-        "not normalised": (route_without_normalising, "It does not divide by the sum of the chosen: look at the weights, not "
-                           "only at who is chosen."),
+        "not normalised": (route_without_normalising,
+            "It does not divide by the sum of the chosen: look at the weights, not only at who is chosen."),
     })
 
 
@@ -517,29 +538,31 @@ EXERCISES = (GATE, GROUPS, UPDATE, BALANCE, COPIES, ROUTERS)
 
 QUESTIONS = {
     "02.bias": Question(
-        "The bias of an expert rises from 0 to 0.1. A token chose it before and chooses it still. What happens to its "
-        "weight?",
+        "The bias of an expert rises from 0 to 0.1. A token chose it before and chooses it still. What happens to "
+        "its weight?",
         (Option("it rises, because s + b rises", "the weight is made from s alone; s + b only decides who is chosen."),
          Option("it falls, because the sum grows", "the sum of equation 13 is over s of the chosen; no b is in it."),
          Option("nothing, if the same experts stay chosen", "b says who, s says how much.")), 2),
     "02.free": Question(
         "DeepSeek-V3 balances \"auxiliary-loss-free\". Which auxiliary balance loss does it train with?",
         (Option("none at all", "that is the name, not the recipe: the sequence-wise loss stays, at alpha = 0.0001."),
-         Option("a sequence-wise one with weight 0.0001", "a safety net against extremes inside one sequence; the bias does "
-                                                          "the work."),
+         Option("a sequence-wise one with weight 0.0001",
+                "a safety net against extremes inside one sequence; the bias does the work."),
          Option("the usual one with weight 0.01", "that strength is what the bias replaces.")), 1),
     "02.dead": Question(
-        "You train without any balancing. Do experts die?",
-        (Option("always", "the toy with top-1 lost some in every run, but nano's top 4 of 16 on text lost none."),
-         Option("it depends: top-1 lost experts here, top-4 on text did not",
-                "several sigmoid experts a token share the gradient, so that few are left without any."),
-         Option("never: the main loss wants all of them", "the main loss improves those that are chosen; the others get no "
-                                                          "gradient and stay bad.")), 1),
+        "Nano (top 4 of 16, sigmoid) learns text for 800 steps without any balancing. What becomes of its 80 experts?",
+        (Option("all die but four in each layer", "that would be a collapse: MaxVio 3. Measured were about 1.9."),
+         Option("some die, and the load stays uneven",
+                "5 to 11 of 80 got less than a twentieth of the mean, and the loss hardly noticed."),
+         Option("none dies: the main loss wants all of them",
+                "the main loss improves those that are chosen; the others get no gradient and stay bad.")), 1),
     "02.one": Question(
         "The sequence-wise loss (without alpha) is 1.000. Is the load even?",
         (Option("yes, 1 is its smallest value and means balance",
-                "with flat affinities it is 1 even if all tokens choose the same four experts; and it can go below 1."),
-         Option("not necessarily", "f * P is 1 for any f when all P are alike: look at the load, not at the loss.")), 1),
+                "with flat affinities it is 1 even if all tokens choose the same four experts; and it can go below "
+                "1."),
+         Option("not necessarily",
+                "f * P is 1 for any f when all P are alike: look at the load, not at the loss.")), 1),
     "02.floor": Question(
         "Balancing works perfectly. Where does MaxVio of a step end?",
         (Option("at 0", "only if loads were dealt out; random choices of equal chance still differ in number."),
@@ -554,7 +577,8 @@ QUESTIONS = {
                 "with a mask of 0 it can even hide the fault, because everything allowed is then positive.")), 2),
     "02.sequence": Question(
         "Over the whole batch every expert gets the same load. And inside one text?",
-        (Option("the same, by the law of large numbers", "a text is about one thing, and its tokens are not a random sample."),
+        (Option("the same, by the law of large numbers",
+                "a text is about one thing, and its tokens are not a random sample."),
          Option("far less even", "the measured MaxVio inside one sequence is several times that of the batch."),
          Option("that is impossible to say", "it was measured: section 8.")), 1),
     "02.subjects": Question(
@@ -568,5 +592,6 @@ QUESTIONS = {
         (Option("nothing, and a little traffic", "some of the choices are replaced by the next best in a kept group."),
          Option("some choices change, and a token crosses to about half as many nodes as experts would send it",
                 "7.00 copies, one for each expert elsewhere, become 3.47 with one copy a node and the limit."),
-         Option("half of the experts become useless", "each token keeps other groups; over many tokens all are used.")), 1),
+         Option("half of the experts become useless",
+                "each token keeps other groups; over many tokens all are used.")), 1),
 }

@@ -224,8 +224,8 @@ BARS = {"this text": 598, "held-out batch": 756}        # left ends of the two c
 LENGTH = 82                                             # of the longest bar
 SHADES = [to_hex(matplotlib.colormaps["cividis"](i / 9)) for i in range(10)]
 DROPPED = "#5A5A5A"
-LEGEND = ("number: s in hundredths; shaded: the token's group is kept; outlined, bold: expert taken; band: pure chance, 2 sd; "
-          "\u25b2 \u25bc outside it")
+LEGEND = ("number: s in hundredths; shaded: the token's group is kept; outlined, bold: expert taken; band: pure "
+          "chance, 2 sd; \u25b2 \u25bc outside it")
 
 
 def render(state: dict, stored: dict, live: LiveRun) -> str:
@@ -235,7 +235,8 @@ def render(state: dict, stored: dict, live: LiveRun) -> str:
         sentence = "No model is trained in this kernel yet: run the cell that trains one, or empty the text field."
         return f"<p>{sentence}</p>" + page(sentence, 60, [text(20, 36, sentence, 15)])
     sentence = describe(seen, state)
-    parts = [*_strip(seen), *_rows(seen, state), *_cells(seen), *_loads(seen), *_detail(seen), text(4, 618, LEGEND, 12)]
+    parts = [*_strip(seen), *_rows(seen, state), *_cells(seen), *_loads(seen), *_detail(seen),
+             text(4, 618, LEGEND, 12)]
     return f"<p>{escape(sentence)}</p>" + page("Routing explorer: " + sentence, 628, parts)
 
 
@@ -248,12 +249,13 @@ def describe(seen: Seen, state: dict) -> str:
     better = [e for e in range(EXPERTS) if not seen.after.kept[cursor, e // SIZE]
               and values[e] > values[routing.experts[cursor, -1]]]
     barred = f" Expert {better[0]} has more, but its group was dropped." if better else ""
-    return (f"Layer {state['layer']}, {seen.reading.trained}: token {cursor} \u201c{shown(seen.reading.tokens[cursor])}\u201d "
-            f"goes to experts {', '.join(map(str, sorted(routing.experts[cursor].tolist())))} (groups {kept} kept); expert "
-            f"{second} lost it by {distance:.3f}.{barred} Fullest expert here: {int(routing.load.max())} tokens, mean "
-            f"{routing.load.mean():.1f}; MaxVio of the held-out batch: {max_violation(seen.load.double()):.2f}. Expert "
-            f"{state['expert']} moved by {signed(state['shift'] / 1000)}, then {state['updates']} updates at gamma "
-            f"{state['gamma']:g}: {changed(seen)} tokens go elsewhere.")
+    return (f"Layer {state['layer']}, {seen.reading.trained}: token {cursor} "
+            f"\u201c{shown(seen.reading.tokens[cursor])}\u201d goes to experts "
+            f"{', '.join(map(str, sorted(routing.experts[cursor].tolist())))} (groups {kept} kept); expert {second} "
+            f"lost it by {distance:.3f}.{barred} Fullest expert here: {int(routing.load.max())} tokens, mean "
+            f"{routing.load.mean():.1f}; MaxVio of the held-out batch: {max_violation(seen.load.double()):.2f}. "
+            f"Expert {state['expert']} moved by {signed(state['shift'] / 1000)}, then {state['updates']} updates at "
+            f"gamma {state['gamma']:g}: {changed(seen)} tokens go elsewhere.")
 
 
 def signed(value: float) -> str:
@@ -273,8 +275,9 @@ def _strip(seen: Seen) -> list[str]:
         words = text(x, y, shown(token), 13, bold=here, colour=VERMILION_DARK if here else BLACK)
         drawn.append(words.replace("<text ", f'<text transform="rotate(-50 {number(x)} {number(y)})" ', 1))
     x = LEFT + WIDE * seen.cursor
-    frame = (f'<rect x="{number(x - 1)}" y="{number(TOP - 12)}" width="{WIDE + 2}" height="{number(_row(15) + HIGH - TOP + 15)}" '
-             f'fill="none" stroke="{VERMILION}" stroke-width="2.5" stroke-dasharray="6 3"/>')
+    height = _row(EXPERTS - 1) + HIGH - TOP + 15
+    frame = (f'<rect x="{number(x - 1)}" y="{number(TOP - 12)}" width="{WIDE + 2}" height="{number(height)}" fill="none" '
+             f'stroke="{VERMILION}" stroke-width="2.5" stroke-dasharray="6 3"/>')
     return [*drawn, frame]
 
 
@@ -321,7 +324,7 @@ def _cells(seen: Seen) -> list[str]:
              for shade, part in boxes.items()]
     drawn.append(f'<path d="{"".join(outlines)}" fill="none" stroke="{WHITE}" stroke-width="4"/>'
                  f'<path d="{"".join(outlines)}" fill="none" stroke="{BLACK}" stroke-width="2.4"/>')
-    drawn += [f'<text font-size="12" text-anchor="middle" fill="{colour}"{" font-weight=" + chr(34) + "bold" + chr(34) if bold else ""}>'
+    drawn += [f'<text font-size="12" text-anchor="middle" fill="{colour}" font-weight="{"bold" if bold else "normal"}">'
               f'{"".join(part)}</text>' for (colour, bold), part in words.items()]
     for group in range(GROUPS):
         drawn.append(f'<rect x="{LEFT}" y="{number(_row(group * SIZE))}" width="{WIDE * len(values)}" '
@@ -368,8 +371,8 @@ def _detail(seen: Seen) -> list[str]:
         drawn.append(f'<rect x="{number(x)}" y="{number(base - unit * (value - low))}" width="{number(step - 6)}" '
                      f'height="{number(unit * (value - low))}" fill="none" stroke="{BLACK}" '
                      f'stroke-width="{2.4 if expert in chosen else 1}"/>')
-        drawn.append(text(x + step / 2 - 3, base + 15, f"\u25cf{expert}" if expert in chosen else str(expert), 12, "middle",
-                          bold=expert in chosen))
+        name = f"\u25cf{expert}" if expert in chosen else str(expert)
+        drawn.append(text(x + step / 2 - 3, base + 15, name, 12, "middle", bold=expert in chosen))
     second, distance = runner_up(seen)
     lines = [f"expert {e}: s + b {float(values[e]):.3f}, s {float(scores[e]):.3f}, weight {float(w):.2f}"
              for e, w in zip(chosen, routing.weights[seen.cursor])]
@@ -408,7 +411,8 @@ def routing_explorer(stored: dict, live: LiveRun) -> View:
 def explorer_states(states: dict[str, dict], stored: dict) -> Picture:
     """Several states side by side: who takes what, and the load of the text, for pages without widgets."""
     shown_states = {name: look(start_state(stored, **state), stored, LiveRun()) for name, state in states.items()}
-    picture = Picture(8.6, 4.2, "Tokens against experts for several states of the explorer, chosen experts dark, kept groups "
+    picture = Picture(8.6, 4.2, "Tokens against experts for several states of the explorer, chosen experts dark, kept "
+                                "groups "
                       "shaded. " + "; ".join(f"{name}: fullest expert {int(seen.after.routing.load.max())} tokens"
                                              for name, seen in shown_states.items()) + ".", 20)
     for column, (axes, (name, seen)) in enumerate(zip(picture.subplots(1, len(states), sharey=True),
