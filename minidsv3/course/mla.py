@@ -399,7 +399,7 @@ def decode_cases(source: random.Random) -> dict[str, tuple]:
 
 
 DECODE = Exercise(
-    id="1.4", title="One step on the latent cache", stars=3, minutes=40,
+    id="1.4", title="One step on the latent cache", stars=3, minutes=35,
     why="a cache that is off by one position still writes fluent text; only equality with the full pass shows it",
     statement="Decode. `x` [T, hidden] are the new tokens' inputs to attention, `cached` [n, rank + r] holds the "
               "normed latent and the rotated key of the n tokens before them. `w` maps hub names to weights, as "
@@ -469,7 +469,7 @@ def attention_cases(source: random.Random) -> dict[str, tuple]:
 
 
 ATTENTION = Mutants(
-    id="1.5", title="Kill the mutants: attention", stars=2, minutes=25,
+    id="1.5", title="Kill the mutants: attention", stars=2, minutes=20,
     why="a comparison on easy inputs proves little: fresh weights, one head or one token hide these faults",
     statement="Write a test for `attention(x, w, config)`, causal latent attention of one sequence: `x` [T, hidden] in "
               "float64 to [T, hidden], weights `w` by hub name. You may compare with the package's `MLA`, whose "
