@@ -39,6 +39,8 @@ REPORT = (
         "test_balance.py::test_overloaded_experts_step_down_and_idle_ones_up_by_gamma_whatever_the_violation"),
     Row("2.1.2, eqs. 17-20", "sequence-wise balance loss", "balance.sequence_balance_loss",
         "test_balance.py::test_sequence_loss_is_its_equations"),
+    Row("4.5.3, batch-wise balance", "the same loss with the batch as one sequence", "balance.sequence_balance_loss",
+        "test_balance.py::test_sequences_are_balanced_one_by_one"),
     Row("2.2, eqs. 21-23", "a module that predicts one token further", "mtp.MTPModule",
         "test_mtp.py::test_drafts_are_the_checkpoints_formula"),
     Row("2.2, eqs. 24-25", "its loss, divided by T", "mtp.prediction_loss", "test_mtp.py::test_loss_is_equation_24"),
