@@ -219,7 +219,7 @@ def facts_of(state: dict, stored: dict, live: LiveRun) -> dict:
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
-LEFT, TOP, WIDE, HIGH, GAP = 140, 100, 22, 20, 8
+LEFT, TOP, WIDE, HIGH, GAP = 148, 100, 22, 20, 8
 BARS = {"this text": 598, "held-out batch": 756}        # left ends of the two columns of bars
 LENGTH = 82                                             # of the longest bar
 SHADES = [to_hex(matplotlib.colormaps["cividis"](i / 9)) for i in range(10)]
@@ -235,8 +235,8 @@ def render(state: dict, stored: dict, live: LiveRun) -> str:
         sentence = "No model is trained in this kernel yet: run the cell that trains one, or empty the text field."
         return f"<p>{sentence}</p>" + page(sentence, 60, [text(20, 36, sentence, 15)])
     sentence = describe(seen, state)
-    parts = [*_strip(seen), *_rows(seen, state), *_cells(seen), *_loads(seen), *_detail(seen),
-             text(4, 618, LEGEND, 12)]
+    parts = [*_strip(seen), *_rows(seen, state), *_cells(seen), _frame(seen), *_loads(seen),
+             *_detail(seen), text(4, 618, LEGEND, 12)]
     return f"<p>{escape(sentence)}</p>" + page("Routing explorer: " + sentence, 628, parts)
 
 
@@ -268,17 +268,20 @@ def _row(expert: int) -> float:
 
 
 def _strip(seen: Seen) -> list[str]:
-    """Tokens, slanted above their columns; the cursor's is bold and pointed at."""
+    """Tokens, slanted above their columns; the cursor's is bold."""
     drawn = []
     for i, token in enumerate(seen.reading.tokens):
         x, y, here = LEFT + WIDE * i + WIDE / 2, TOP - 18, i == seen.cursor
         words = text(x, y, shown(token), 13, bold=here, colour=VERMILION_DARK if here else BLACK)
         drawn.append(words.replace("<text ", f'<text transform="rotate(-50 {number(x)} {number(y)})" ', 1))
-    x = LEFT + WIDE * seen.cursor
-    height = _row(EXPERTS - 1) + HIGH - TOP + 15
-    frame = (f'<rect x="{number(x - 1)}" y="{number(TOP - 12)}" width="{WIDE + 2}" height="{number(height)}" fill="none" '
-             f'stroke="{VERMILION}" stroke-width="2.5" stroke-dasharray="6 3"/>')
-    return [*drawn, frame]
+    return drawn
+
+
+def _frame(seen: Seen) -> str:
+    """Around the cursor's column, drawn over its cells."""
+    x, height = LEFT + WIDE * seen.cursor, _row(EXPERTS - 1) + HIGH - TOP + 15
+    return (f'<rect x="{number(x - 1)}" y="{number(TOP - 12)}" width="{WIDE + 2}" height="{number(height)}" fill="none" '
+            f'stroke="{VERMILION}" stroke-width="2.5" stroke-dasharray="6 3"/>')
 
 
 VERMILION_DARK = "#9A4300"              # the same hue, dark enough for text
@@ -289,7 +292,7 @@ def _rows(seen: Seen, state: dict) -> list[str]:
     drawn = [text(LEFT - 8, TOP - 8, "bias", 12, "end"), text(LEFT - 62, TOP - 8, "expert", 12, "end")]
     for group in range(GROUPS):
         y, kept = _row(group * SIZE), bool(seen.after.kept[seen.cursor, group])
-        drawn += [text(4, y + 14, f"group {group}", 12, bold=kept),
+        drawn += [text(4, y + 14, f"group {group}", 12),
                   text(4, y + 32, "\u2713 kept" if kept else "\u2717 out", 12, bold=kept)]
     for expert in range(EXPERTS):
         y, here = _row(expert) + 14, expert == state["expert"]
@@ -361,7 +364,7 @@ def _detail(seen: Seen) -> list[str]:
     unit = height / (high - low)
     chosen = routing.experts[seen.cursor].tolist()
     drawn = [text(4, base - 82, "s: filled", 12), text(4, base - 66, "s + b: hollow", 12),
-             text(4, base - 50, "taken: bold, \u25cf", 12), text(4, base - 34, "bars start at", 12),
+             text(4, base - 50, "taken: thick, bold", 12), text(4, base - 34, "bars start at", 12),
              text(4, base - 20, f"{low:.2f}", 12), line(LEFT, base, LEFT + WIDE * MOST_TOKENS, base)]
     for expert in range(EXPERTS):
         x, s, value = LEFT + step * expert + 3, float(scores[expert]), float(values[expert])
@@ -371,8 +374,7 @@ def _detail(seen: Seen) -> list[str]:
         drawn.append(f'<rect x="{number(x)}" y="{number(base - unit * (value - low))}" width="{number(step - 6)}" '
                      f'height="{number(unit * (value - low))}" fill="none" stroke="{BLACK}" '
                      f'stroke-width="{2.4 if expert in chosen else 1}"/>')
-        name = f"\u25cf{expert}" if expert in chosen else str(expert)
-        drawn.append(text(x + step / 2 - 3, base + 15, name, 12, "middle", bold=expert in chosen))
+        drawn.append(text(x + step / 2 - 3, base + 15, str(expert), 12, "middle", bold=expert in chosen))
     second, distance = runner_up(seen)
     lines = [f"expert {e}: s + b {float(values[e]):.3f}, s {float(scores[e]):.3f}, weight {float(w):.2f}"
              for e, w in zip(chosen, routing.weights[seen.cursor])]
