@@ -36,9 +36,8 @@ def one_token(scores: Sequence[float], bias: Sequence[float], n_group: int, topk
     worth = choice.view(n_group, size).topk(2).values.sum(-1)
     kept = worth.topk(topk_group).indices.tolist()
     picture = Picture(8.4, 6.8, "One token and 16 experts in 4 groups, five panels: affinities, affinities plus bias, "
-                                "the worth of "
-                      "the groups, the choice in the kept groups, and the weights. The bias changes who is chosen; "
-                      "the weights come from the affinities alone.", FEW)
+                      "the worth of the groups, the choice in the kept groups, and the weights. The bias changes who is "
+                      "chosen; the weights come from the affinities alone.", FEW)
     panels = picture.subplots(5, 1, sharex=True)
     _bars(panels[0], s, "1. affinities s, in hundredths: a sigmoid for each expert", chosen=())
     _bars(panels[1], s, "2. s + b (outlined): the bias moves each bar up or down", chosen=(), hollow=choice)
@@ -99,9 +98,8 @@ def over_steps(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], st
     Every panel has the same names, which the legend on the right explains once.
     """
     names = list(next(iter(panels.values())))
-    picture = Picture(8.8, 3.4, f"{ylabel} over steps for {', '.join(names)}, with the floor of pure chance. See "
-                                "which lines "
-                      "come down to it, and how soon.", FEW)
+    picture = Picture(8.8, 3.4, f"{ylabel} over steps for {', '.join(names)}, with the floor of pure chance. "
+                      "See which lines come down to it, and how soon.", FEW)
     for axes, (title, curves) in zip(picture.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
         for name, (colour, dashes, mark) in zip(names, LOOKS):
             for i, values in enumerate(curves[name]):
@@ -122,9 +120,8 @@ def over_steps(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], st
 @styled
 def bias_paths(panels: Mapping[str, tuple[Sequence[int], Sequence[Sequence[float]]]]) -> Picture:
     """The biases of all experts over steps, thin, and their mean, thick; a panel for each name -> (steps, biases)."""
-    picture = Picture(8.8, 3, f"Biases of the experts over steps, and their mean, for {', '.join(panels)}. See "
-                              "whether the "
-                      "mean stays at zero.", FEW)
+    picture = Picture(8.8, 3, f"Biases of the experts over steps, and their mean, for {', '.join(panels)}. "
+                      "See whether the mean stays at zero.", FEW)
     for axes, (name, (steps, biases)) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         values = torch.tensor(biases, dtype=torch.float64)
         axes.plot(steps, values.tolist(), color=SKY, linewidth=1, antialiased=False)
@@ -148,8 +145,8 @@ def loss_terms(cases: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> 
 
     cases: name -> (f, P), one value an expert.
     """
-    picture = Picture(8.8, 1.5 * len(cases) + 0.3, f"Load f, share P and their product for each expert, for "
-                                                   f"{', '.join(cases)}. "
+    picture = Picture(8.8, 1.5 * len(cases) + 0.3,
+                      f"Load f, share P and their product for each expert, for {', '.join(cases)}. "
                       "See that the sum of the products can be 1 though the load is not even.", FEW)
     grid = picture.subplots(len(cases), 3, squeeze=False)
     for row, (name, (f, p)) in zip(grid, cases.items()):
@@ -180,8 +177,7 @@ def load_tables(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[
     """
     height = (0.27 * len(rows) + 0.5) * len(tables) + 0.3
     picture = Picture(8, height, f"Load of every expert as a multiple of its row's mean, for {', '.join(tables)}. "
-                                 "Compare how far "
-                      "the numbers leave 1.", FEW)
+                      "Compare how far the numbers leave 1.", FEW)
     shades = matplotlib.colormaps["cividis"]
     panels = picture.subplots(len(tables), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, table) in zip(panels, tables.items()):
@@ -210,7 +206,8 @@ def slopes(panels: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str, fro
     Above each panel stand the median difference and how many lines fall; those are dashed. `from_start` draws what
     each seed gains or loses, so that the distance between seeds, which is no effect of the method, takes no room.
     """
-    picture = Picture(0.8 + 2 * len(panels), 3.3, f"Slope charts of {ylabel}: a line for each seed between two methods, in the panels "
+    picture = Picture(0.8 + 2 * len(panels), 3.3,
+                      f"Slope charts of {ylabel}: a line for each seed between two methods, in the panels "
                       f"{', '.join(panels)}. Look at the direction of the lines.", FEW)
     for axes, (name, methods) in zip(picture.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
         (first, before), (second, after) = methods.items()

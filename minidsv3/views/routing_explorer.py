@@ -280,8 +280,8 @@ def _strip(seen: Seen) -> list[str]:
 def _frame(seen: Seen) -> str:
     """Around the cursor's column, drawn over its cells."""
     x, height = LEFT + WIDE * seen.cursor, _row(EXPERTS - 1) + HIGH - TOP + 15
-    return (f'<rect x="{number(x - 1)}" y="{number(TOP - 12)}" width="{WIDE + 2}" height="{number(height)}" fill="none" '
-            f'stroke="{VERMILION}" stroke-width="2.5" stroke-dasharray="6 3"/>')
+    return (f'<rect x="{number(x - 1)}" y="{number(TOP - 12)}" width="{WIDE + 2}" height="{number(height)}" '
+            f'fill="none" stroke="{VERMILION}" stroke-width="2.5" stroke-dasharray="6 3"/>')
 
 
 VERMILION_DARK = "#9A4300"              # the same hue, dark enough for text
@@ -413,10 +413,10 @@ def routing_explorer(stored: dict, live: LiveRun) -> View:
 def explorer_states(states: dict[str, dict], stored: dict) -> Picture:
     """Several states side by side: who takes what, and the load of the text, for pages without widgets."""
     shown_states = {name: look(start_state(stored, **state), stored, LiveRun()) for name, state in states.items()}
-    picture = Picture(8.6, 4.2, "Tokens against experts for several states of the explorer, chosen experts dark, kept "
-                                "groups "
-                      "shaded. " + "; ".join(f"{name}: fullest expert {int(seen.after.routing.load.max())} tokens"
-                                             for name, seen in shown_states.items()) + ".", 20)
+    fullest = "; ".join(f"{name}: fullest expert {int(seen.after.routing.load.max())} tokens"
+                        for name, seen in shown_states.items())
+    picture = Picture(8.6, 4.2, "Tokens against experts for several states of the explorer, chosen experts dark, "
+                      f"kept groups shaded. {fullest}.", 20)
     for column, (axes, (name, seen)) in enumerate(zip(picture.subplots(1, len(states), sharey=True),
                                                        shown_states.items())):
         _state_panel(axes, seen)
