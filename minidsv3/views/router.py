@@ -36,8 +36,8 @@ def one_token(scores: Sequence[float], bias: Sequence[float], n_group: int, topk
     worth = choice.view(n_group, size).topk(2).values.sum(-1)
     kept = worth.topk(topk_group).indices.tolist()
     picture = Picture(8.4, 6.8, "One token and 16 experts in 4 groups, five panels: affinities, affinities plus bias, "
-                      "the worth of the groups, the choice in the kept groups, and the weights. The bias changes who is "
-                      "chosen; the weights come from the affinities alone.", FEW)
+                      "the worth of the groups, the choice in the kept groups, and the weights. The bias changes who "
+                      "is chosen; the weights come from the affinities alone.", FEW)
     panels = picture.subplots(5, 1, sharex=True)
     _bars(panels[0], s, "1. affinities s, in hundredths: a sigmoid for each expert", chosen=())
     _bars(panels[1], s, "2. s + b (outlined): the bias moves each bar up or down", chosen=(), hollow=choice)
