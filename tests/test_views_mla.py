@@ -122,7 +122,9 @@ def test_calculator_moves_in_code():
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
-STORED = json.loads((Path(__file__).parents[1] / "results" / "mla_decode.json").read_text())
+RESULTS = Path(__file__).parents[1] / "results"
+STORED = json.loads((RESULTS / "mla_decode.json").read_text())
+LOSSES = json.loads((RESULTS / "attention_variants.json").read_text())
 WORDS = ["return", " self", ".", "items", "[", "key", "]", "\n"]
 PICTURES = {
     "brackets": lambda: mla.brackets(FULL),
@@ -130,6 +132,7 @@ PICTURES = {
     "kept": lambda: mla.what_is_kept(WORDS, FULL),
     "merged": lambda: mla.merged_by_distance([[[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.1], [0.2, -1.0]]], (0, 3), (0.0, 0.5)),
     "times": lambda: mla.decode_times(STORED, STORED["shapes"]),
+    "losses": lambda: mla.losses_by_attention(LOSSES["runs"], LOSSES["cached_values"]),
     "yarn": lambda: mla.yarn_wavelengths(FULL),
     "states": lambda: calculator.cache_calculator_states({"full": START, "nano": STATES["nano"]}),
 }
@@ -169,6 +172,15 @@ def test_stored_claims_follow_from_the_stored_times():
     assert {claim["id"]: (claim["claim"], claim["holds"]) for claim in STORED["claims"]} == {
         name: (claim, bool(holds(found))) for name, (claim, holds) in CLAIMS.items()}
     assert all((claim["processes"] > STORED["processes"] / 2) == claim["holds"] for claim in STORED["claims"])
+
+
+def test_stored_verdicts_follow_from_the_stored_losses():
+    from attention_variants import CLAIMS, METHODS
+    from nano_runs import judge
+    assert LOSSES["claims"] == judge(CLAIMS, LOSSES["runs"], list(METHODS))
+    assert len(LOSSES["runs"]) == 15
+    spoilt = [run | {"held_out": run["held_out"] + (run["method"] == "mla")} for run in LOSSES["runs"]]
+    assert judge(CLAIMS, spoilt, list(METHODS))[0]["verdict"] == "shows the opposite"
 
 
 def test_latent_is_black_on_sky():

@@ -1,4 +1,4 @@
-"""Chapter 01's still pictures: the two brackets, what a token leaves behind, rotation in the way, decoding times, YaRN.
+"""Chapter 01's still pictures: two brackets, what a token leaves behind, rotation in the way, what was measured, YaRN.
 
 Each takes plain numbers or a config, so that any shape and any stored run can be drawn.
 """
@@ -150,6 +150,23 @@ def decode_times(found: dict, shapes: dict[str, str]) -> Picture:
             axes.set_ylabel("milliseconds (log)")
             axes.legend(frameon=False, loc="upper left")
     picture.tight_layout()
+    return picture
+
+
+@styled
+def losses_by_attention(runs: Sequence[dict], cached: dict[str, int]) -> Picture:
+    """Held-out loss of every run, a line a seed through the methods; below each method the numbers that it caches."""
+    picture = Picture(8, 3.8, "Held-out loss of attentions with equal parameters, a line for each seed. See whether "
+                      "all lines go the same way, and how large a step is beside the distance of the lines.")
+    axes = picture.add_axes((0.11, 0.18, 0.86, 0.78))
+    names = list(cached)
+    for seed, marker in zip(sorted({run["seed"] for run in runs}), "osD^vPX*"):
+        losses = {run["method"]: run["held_out"] for run in runs if run["seed"] == seed}
+        axes.plot(range(len(names)), [losses[name] for name in names], marker=marker, color=BLUE, linewidth=1.5,
+                  markeredgecolor=BLACK, label=f"seed {seed}")
+    axes.set(xticks=range(len(names)), ylabel="held-out loss (nats)", xlim=(-0.3, len(names) - 0.3))
+    axes.set_xticklabels([f"{name.upper()}\ncaches {numbers} numbers a layer" for name, numbers in cached.items()])
+    axes.legend(frameon=False, loc="upper right")
     return picture
 
 
