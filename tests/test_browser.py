@@ -23,7 +23,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
 from notebooks import FOLDER, METADATA
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, expect, sync_playwright
 from view_cells import views_of
 
 ROOT = FOLDER.parent
@@ -111,13 +111,14 @@ def required(found: list[str | None], environment: dict) -> str:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator[BrowserContext]:
+    """Chromium with one cache for all tests, which load JupyterLab again and again."""
     path = required([shutil.which(name) for name in NAMES], os.environ)
     expect.set_options(timeout=1000 * PATIENCE)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, timeout=1000 * PATIENCE)
-        yield browser
-        browser.close()
+        chromium = playwright.chromium.launch(executable_path=path, timeout=1000 * PATIENCE)
+        yield chromium.new_context(viewport={"width": 1400, "height": 1400})
+        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def made_lab(browser, tmp_path) -> Iterator[dict]:
 @pytest.fixture
 def page(browser, request) -> Iterator[Page]:
     """A page, of which a screenshot is kept as it looked at the end of the test, also of one that failed."""
-    page = browser.new_page(viewport={"width": 1400, "height": 1400})
+    page = browser.new_page()
     page.set_default_timeout(1000 * PATIENCE)
     yield page
     page.screenshot(path=SCREENSHOTS / f"{re.sub(r'[^-0-9A-Za-z]+', '_', request.node.name)}.png")
