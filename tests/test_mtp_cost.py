@@ -1,4 +1,4 @@
-"""The measurement of chapter 03: its stored claims follow from its stored numbers, and its parts measure what they say."""
+"""The measurement of chapter 03: stored claims follow from stored numbers, and its parts measure what they say."""
 
 import json
 from pathlib import Path
