@@ -210,6 +210,7 @@ def test_a_slider_moved_by_the_keyboard_changes_the_drawing(move, lab, page):
     view = open_view(page, lab, cells_of(move))
     assert not cut_descriptions(view)
     move_by_keyboard(page, view, move)
+    view.locator("svg").scroll_into_view_if_needed()        # for the screenshot
 
 
 def test_faults_of_a_view_are_seen(lab, page):
