@@ -4,6 +4,7 @@
 imports torch alone; it is imported as `minidsv3.kernels`.
 """
 
+from .contract import contract, linear
 from .cross_entropy import cross_entropy, cross_entropy_reference, linear_cross_entropy, linear_cross_entropy_reference
 from .registry import OPERATIONS, Operation
 from .rms_norm import rms_norm, rms_norm_reference
@@ -11,6 +12,6 @@ from .rope import rope, rope_reference
 from .route import Routing, route, route_reference
 from .swiglu import swiglu, swiglu_reference
 
-__all__ = ["OPERATIONS", "Operation", "Routing", "cross_entropy", "cross_entropy_reference", "linear_cross_entropy",
-           "linear_cross_entropy_reference", "rms_norm", "rms_norm_reference", "rope", "rope_reference", "route",
-           "route_reference", "swiglu", "swiglu_reference"]
+__all__ = ["OPERATIONS", "Operation", "Routing", "contract", "cross_entropy", "cross_entropy_reference", "linear",
+           "linear_cross_entropy", "linear_cross_entropy_reference", "rms_norm", "rms_norm_reference", "rope",
+           "rope_reference", "route", "route_reference", "swiglu", "swiglu_reference"]

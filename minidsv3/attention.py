@@ -16,20 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .kernels import rms_norm, rope
+from .kernels import contract, rope
+from .layers import Linear, RMSNorm
 from .rope import rope_table, softmax_scale
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; see `kernels/rms_norm.py`."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class LatentCache:
@@ -83,7 +72,7 @@ class Context(NamedTuple):
 
     cos: Tensor                     # [B or 1, T, qk_rope_head_dim / 2]
     sin: Tensor
-    cache: LatentCache | None = None
+    cache: Tensor | None = None       # [layers, B, capacity, 576], see `LatentCache.values`
     positions: Tensor | None = None   # [B, T], where the new tokens stand in the cache
     visible: Tensor | None = None     # [B, 1, T, S] bool over the S cached tokens that any row can see
 
@@ -112,7 +101,7 @@ def make_context(config: ModelConfig, shape: torch.Size, dtype: torch.dtype, dev
     positions = (cache.lengths if start is None else start)[:, None] + steps
     seen = min(-(-end // VISIBLE_STEP) * VISIBLE_STEP, cache.capacity)
     visible = torch.arange(seen, device=device) <= positions[:, None, :, None]
-    return Context(*rope_table(config, positions, dtype), cache, positions, visible)
+    return Context(*rope_table(config, positions, dtype), cache.values, positions, visible)
 
 
 def pad_for_flash(value: Tensor, key: Tensor) -> Tensor:
@@ -131,13 +120,13 @@ class MLA(nn.Module):
         self.config, self.layer, self.scale = config, layer, softmax_scale(config)
         d, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
         rank, rotary = config.kv_lora_rank, config.qk_rope_head_dim
-        self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)                           # W^DQ
+        self.q_a_proj = Linear(d, config.q_lora_rank)                                 # W^DQ
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
-        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)  # W^UQ, W^QR a head
-        self.kv_a_proj_with_mqa = nn.Linear(d, rank + rotary, bias=False)                      # W^DKV, W^KR
+        self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)        # W^UQ, W^QR a head
+        self.kv_a_proj_with_mqa = Linear(d, rank + rotary)                            # W^DKV, W^KR
         self.kv_a_layernorm = RMSNorm(rank, eps)
-        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, d, bias=False)
+        self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, d)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden] (eq. 11); with a cache the tokens are written to it and read it all."""
@@ -145,7 +134,7 @@ class MLA(nn.Module):
         cached = self.compress(x, context)
         if context.cache is not None:
             rows = torch.arange(x.shape[0], device=x.device)[:, None]
-            values = context.cache.values[self.layer]
+            values = context.cache[self.layer]
             values[rows, context.positions] = cached.to(values.dtype)
             cached = values[:, :context.visible.shape[-1]]
         attend = self.absorbed if self.absorbing_is_cheaper(query.shape[1], cached.shape[1]) else self.expanded
@@ -180,14 +169,14 @@ class MLA(nn.Module):
         w_ukv = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
         w_uk, w_uv = w_ukv.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w_uk)
-        logits = torch.einsum("bthc,bsc->bths", torch.cat((q_latent, q_rope), -1), cached) * self.scale
+        q_latent = contract("bthd,hdr->bthr", q_nope, w_uk)
+        logits = contract("bthc,bsc->bths", torch.cat((q_latent, q_rope), -1), cached) * self.scale
         if visible is None:
             visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
         logits = logits.masked_fill(~visible.transpose(1, 2), float("-inf"))
         p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(cached.dtype)
-        read = torch.einsum("bths,bsr->bthr", p, cached[..., :c.kv_lora_rank])
-        return torch.einsum("bthr,hvr->bthv", read, w_uv)
+        read = contract("bths,bsr->bthr", p, cached[..., :c.kv_lora_rank])
+        return contract("bthr,hvr->bthv", read, w_uv)
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Counts multiplications a head: expanding costs keys * r(d_k + d_v) once, absorbing that much for each query,

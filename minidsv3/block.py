@@ -2,9 +2,10 @@
 
 from torch import Tensor, nn
 
-from .attention import MLA, Context, RMSNorm
+from .attention import MLA, Context
 from .config import ModelConfig
 from .kernels import Routing
+from .layers import RMSNorm
 from .moe import MLP, MoE
 
 

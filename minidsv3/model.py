@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import LatentCache, RMSNorm, make_context
+from .attention import LatentCache, make_context
 from .balance import sequence_balance_loss
 from .block import Block
 from .config import ModelConfig
 from .kernels import Routing
+from .layers import Linear, RMSNorm
 from .mtp import MTPModule, prediction_loss
 
 
@@ -33,7 +34,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         main, ahead = config.num_hidden_layers, config.num_nextn_predict_layers
         blocks = [Block(config, layer) for layer in range(main)]
         modules = [MTPModule(config, layer, embed_tokens, self.lm_head) for layer in range(main, main + ahead)]

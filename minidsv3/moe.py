@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .kernels import Routing, route, swiglu
+from .kernels import Routing, contract, linear, route, swiglu
+from .layers import Linear
 
 
 class MLP(nn.Module):
@@ -17,9 +18,9 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(dim, width, bias=False)
-        self.up_proj = nn.Linear(dim, width, bias=False)
-        self.down_proj = nn.Linear(width, dim, bias=False)
+        self.gate_proj = Linear(dim, width)
+        self.up_proj = Linear(dim, width)
+        self.down_proj = Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -42,7 +43,7 @@ class Router(nn.Module):
         """x [N, hidden] -> `Routing`."""
         c, wide = self.config, torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), self.weight.to(wide))
+            logits = linear(x.to(wide), self.weight.to(wide))
             return route(logits, self.e_score_correction_bias, n_group=c.n_group, topk_group=c.topk_group,
                          top_k=c.num_experts_per_tok, normalise=c.norm_topk_prob,
                          scaling_factor=c.routed_scaling_factor)
@@ -85,13 +86,14 @@ class Experts(nn.Module):
         return out
 
     def gathered(self, x: Tensor, routing: Routing) -> Tensor:
-        """For few tokens (decoding): each token brings copies of its own experts, and idle experts are not visited."""
-        chosen = routing.experts.flatten()
-        rows = x.repeat_interleave(routing.experts.shape[1], 0).unsqueeze(1)                       # [N k, 1, hidden]
-        gate, up = (rows @ self.gate_up_proj.index_select(0, chosen).to(x.dtype).transpose(1, 2)).chunk(2, -1)
-        weighted = swiglu(gate, up) * routing.weights.to(x.dtype).view(-1, 1, 1)
-        y = weighted @ self.down_proj.index_select(0, chosen).to(x.dtype).transpose(1, 2)
-        return y.view(*routing.experts.shape, -1).sum(1)
+        """For few tokens (decoding): each token brings copies of its own experts, and idle experts are not visited.
+
+        Compiled, nothing is copied: the products read the chosen rows where they are.
+        """
+        gate_up, down = self.gate_up_proj[routing.experts], self.down_proj[routing.experts]   # [N, k, out, in]
+        gate, up = contract("nd,nkwd->nkw", x, gate_up.to(x.dtype)).chunk(2, -1)
+        weighted = swiglu(gate, up) * routing.weights.to(x.dtype).unsqueeze(-1)
+        return contract("nkw,nkdw->nkd", weighted, down.to(x.dtype)).sum(1)
 
     def grouped(self, x: Tensor, routing: Routing) -> Tensor:
         """The same with one grouped matmul: rows sorted by expert, `ends` says where each expert's rows end."""

@@ -10,11 +10,12 @@ Token i combines with token i + k and is scored on token i + k + 1. The released
 import torch
 from torch import Tensor, nn
 
-from .attention import Context, RMSNorm
+from .attention import Context
 from .block import Block
 from .config import ModelConfig
 from .kernels import Routing, linear_cross_entropy
 from .kernels.precision import wide
+from .layers import Linear, RMSNorm
 
 
 class SharedHead(nn.Module):
@@ -39,7 +40,7 @@ class MTPModule(Block):
         self.embed_tokens = embed_tokens
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)   # M_k
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)   # M_k
         self.shared_head = SharedHead(config, head)
 
     def forward(self, hidden: Tensor, tokens: Tensor, context: Context, record: list[Routing] | None = None) -> Tensor:

@@ -70,7 +70,7 @@ def _attention_forward(module: MLA, attention: Callable) -> Callable:
     def forward(x: Tensor, context: Context) -> Tensor:
         if context.cache is None:
             return attention(x, x.new_zeros(len(x), 0, width), weights, module.config)[0]
-        rows, values = [], context.cache.values[module.layer]
+        rows, values = [], context.cache[module.layer]
         for row, start in enumerate(context.positions[:, 0].tolist()):
             out, entries = attention(x[row:row + 1], values[row:row + 1, :start], weights, module.config)
             values[row, start:start + x.shape[1]] = entries[0]
