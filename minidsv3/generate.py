@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .attention import LatentCache, make_context
+from .compiled import CompiledStep
 from .kernels.precision import wide
 from .model import Transformer
 
@@ -37,8 +38,8 @@ class Generation(NamedTuple):
 
 
 def generate(model: Transformer, tokens: Tensor | Sequence, max_new_tokens: int, temperature: float = 0.0,
-             top_p: float = 1.0, speculative: bool = False, eos: int | None = None,
-             seed: int | None = None) -> Generation:
+             top_p: float = 1.0, speculative: bool = False, eos: int | None = None, seed: int | None = None,
+             compiled: CompiledStep | None = None) -> Generation:
     """Continues each prompt by at most `max_new_tokens`; a row ends early behind its first `eos`.
 
     tokens: [B, T] int64, or a list of B prompts (lists of ids or 1-D tensors) of any lengths. A list returns a list of
@@ -49,16 +50,19 @@ def generate(model: Transformer, tokens: Tensor | Sequence, max_new_tokens: int,
     `speculative` drafts with the first MTP module: greedy text stays what it is, up to rounding (see `near_ties`);
     drawn text keeps its distribution, though a seed gives other tokens than without drafts.
 
+    `compiled` is a step compiled from this model for as many rows, and long enough; plain decoding then runs through it
+    behind the prompt.
+
     Raises ValueError for what cannot be continued and for logits that are not finite.
     """
     prompts = _prompts(tokens)
-    _check(model, prompts, max_new_tokens, speculative)
+    _check(model, prompts, max_new_tokens, speculative, compiled)
     rows = [list(prompt) for prompt in prompts]
     ends = [len(prompt) + max_new_tokens for prompt in prompts]
     counts = dict(passes=0, drafted=0, accepted=0, near_ties=0)
     sampler = Sampler(temperature, top_p, seed, model.lm_head.weight.device)
     with torch.no_grad():
-        decoder = Decoder(model, prompts, max(ends), sampler, speculative)
+        decoder = Decoder(model, prompts, max(ends), sampler, speculative, compiled)
         live = set(range(len(rows)))
         while live:
             new, near = decoder.step()
@@ -128,10 +132,12 @@ def nucleus(p: Tensor, top_p: float) -> Tensor:
 class Decoder:
     """A batch of sequences between two passes. `step` reads what is known and answers one or two new tokens a row."""
 
-    def __init__(self, model: Transformer, prompts: list[list[int]], length: int, sampler: Sampler, speculative: bool):
-        self.model, self.sampler, self.speculative = model, sampler, speculative
+    def __init__(self, model: Transformer, prompts: list[list[int]], length: int, sampler: Sampler, speculative: bool,
+                 compiled: CompiledStep | None = None):
+        self.model, self.sampler, self.speculative, self.compiled = model, sampler, speculative, compiled
         self.device = model.lm_head.weight.device
-        self.cache = LatentCache(model.config, len(prompts), length, model.model.embed_tokens.weight.dtype, self.device)
+        self.cache = LatentCache(model.config, len(prompts), compiled.capacity if compiled else length,
+                                 model.model.embed_tokens.weight.dtype, self.device)
         self.rows = torch.arange(len(prompts), device=self.device)
         # what the next pass reads: tokens [B, T] and the index of each row's last token in them; padding stands behind
         widest = max(len(prompt) for prompt in prompts)
@@ -142,12 +148,15 @@ class Decoder:
     def step(self) -> tuple[list[list[int]], list[list[bool]]]:
         """One main pass. Returns each row's new tokens, two if its draft was accepted, and which were near-ties."""
         start = self.cache.lengths
-        hidden = self.model.hidden(self.window, self.cache)
+        if self.compiled is not None and self.window.shape[1] == 1:
+            hidden, logits = None, self.compiled(self.window, self.cache)[:, 0]
+        else:
+            hidden = self.model.hidden(self.window, self.cache)
+            logits = self._logits(hidden if self.q is not None else hidden[self.rows, self.last])
         if self.q is None:   # the prompt, or plain decoding: one token from the last position
-            p = self.sampler.probabilities(self._logits(hidden[self.rows, self.last]))
+            p = self.sampler.probabilities(logits)
             new, accepted, near = self.sampler.draw(p)[:, None], torch.zeros_like(self.rows), [[False]] * len(p)
         else:
-            logits = self._logits(hidden)
             p = self.sampler.probabilities(logits)
             token, accepted = self.sampler.verify(self.window[:, 1], self.q, p[:, 0])
             new, near = torch.stack((token, self.sampler.draw(p[:, 1])), 1), self._near_ties(logits)
@@ -214,7 +223,8 @@ def _prompts(tokens: Tensor | Sequence) -> list[list[int]]:
     return [list(prompt) for prompt in prompts]
 
 
-def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, speculative: bool) -> None:
+def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, speculative: bool,
+           compiled: CompiledStep | None) -> None:
     config, longest = model.config, max(map(len, prompts))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
@@ -227,3 +237,8 @@ def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sp
     if speculative and not model.mtp_modules:
         raise ValueError("the model has no MTP module to draft with (num_nextn_predict_layers is 0); "
                          "pass speculative=False")
+    if compiled is not None and speculative:
+        raise ValueError("a compiled step reads one token a pass and drafts need two; leave out compiled or speculative")
+    if compiled is not None and (compiled.batch != len(prompts) or compiled.capacity < longest + max_new_tokens):
+        raise ValueError(f"the step was compiled for {compiled.batch} rows of {compiled.capacity} tokens; these prompts "
+                         f"need {len(prompts)} rows of {longest + max_new_tokens}")
