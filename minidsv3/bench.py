@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .attention import LatentCache
+from .compiled import CompiledStep, exported
 from .config import ModelConfig
 from .generate import generate
 from .model import Transformer
@@ -29,7 +30,6 @@ BATCH, LENGTH = 8, 256          # a training step's sequences and their tokens
 PROMPT, NEW = 16, 128           # tokens of a decoding run
 PEERS = [(attention, experts) for attention in ("sdpa", "eager") for experts in ("grouped_mm", "batched_mm", "eager")]
 OURS, OURS_MTP, OURS_COMPILED = "minidsv3", "minidsv3, with MTP", "minidsv3, compiled"
-COMPILE = {"cpp_wrapper": True, "freezing": True}   # for decoding: weights are constants there
 
 
 def bench_cpu(out: Path, rounds: int = 5, compiled: bool = True) -> dict:
@@ -140,7 +140,9 @@ def decoding_contenders(compiled: bool) -> dict[str, Callable[[], None]]:
     if compiled:
         contenders[OURS_COMPILED] = _compiled_ours(model, prompt)
         for experts in ("batched_mm", "grouped_mm"):
-            contenders[peer_name("sdpa", experts) + ", compiled"] = _compiled_peer(peer("sdpa", experts).eval(), prompt)
+            for way in ("compiled", "exported"):
+                contenders[f"{peer_name('sdpa', experts)}, {way}"] = _compiled_peer(
+                    peer("sdpa", experts).eval(), prompt, export=way == "exported")
     return contenders
 
 
@@ -149,33 +151,60 @@ def _peer_generate(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[],
 
 
 def _compiled_ours(model: Transformer, prompt: torch.Tensor) -> Callable[[], None]:
-    step = torch.compile(model, options=COMPILE)
+    step = CompiledStep(model, 1, PROMPT + NEW)
 
     @torch.no_grad()
     def run() -> None:
         cache = LatentCache(model.config, 1, PROMPT + NEW)
         token = model(prompt, cache)[:, -1:].argmax(-1)
         for _ in range(NEW - 1):
-            token = step(token, cache)[:, -1:].argmax(-1)
+            token = step(token, cache).argmax(-1)
     return run
 
 
-def _compiled_peer(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[], None]:
-    """The peer's best case known to us: a static cache and one compiled step; `freezing` makes its code fail."""
-    from transformers import StaticCache
+class _PeerStep(torch.nn.Module):
+    """The peer over one token behind a prompt, with its static cache as buffers, which `torch.export` can mutate."""
 
-    def pass_over(tokens: torch.Tensor, cache, positions: torch.Tensor) -> torch.Tensor:
-        out = model(input_ids=tokens, past_key_values=cache, use_cache=True, position_ids=positions[None])
+    def __init__(self, model: torch.nn.Module, prompt: torch.Tensor):
+        from transformers import StaticCache
+        super().__init__()
+        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
+        self.prefill(prompt)                       # the cache makes its tensors at the first pass
+        for i, layer in enumerate(self.cache.layers):
+            for name in ("keys", "values", "cumulative_length"):
+                self.register_buffer(f"{name}_{i}", getattr(layer, name), persistent=False)
+
+    @torch.no_grad()
+    def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
+        """The first token behind the prompt, whose keys and values replace what the cache held."""
+        self.cache.reset()
+        return self._pass(prompt, torch.arange(PROMPT))
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        for i, layer in enumerate(self.cache.layers):
+            for name in ("keys", "values", "cumulative_length"):
+                setattr(layer, name, getattr(self, f"{name}_{i}"))
+        return self._pass(tokens, positions)
+
+    def _pass(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        out = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, position_ids=positions[None])
         return out.logits[:, -1:].argmax(-1)
 
-    step = torch.compile(pass_over, options={"cpp_wrapper": True})
+
+def _compiled_peer(model: torch.nn.Module, prompt: torch.Tensor, export: bool) -> Callable[[], None]:
+    """The peer's best cases known to us: one compiled step over a static cache, by torch.compile or, as ours, exported.
+
+    The exported program has a cache of its own, whose contents do not matter for its time.
+    """
+    peer_step = _PeerStep(model, prompt)
+    step = (exported(peer_step, (prompt[:, :1], torch.tensor([PROMPT]))) if export
+            else torch.compile(peer_step, options={"cpp_wrapper": True}))   # `freezing` makes its code fail
 
     @torch.no_grad()
     def run() -> None:
-        cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
-        token = pass_over(prompt, cache, torch.arange(PROMPT))
+        token = peer_step.prefill(prompt)
         for position in range(PROMPT, PROMPT + NEW - 1):
-            token = step(token, cache, torch.tensor([position]))
+            token = step(token, torch.tensor([position]))
     return run
 
 
