@@ -68,7 +68,7 @@ class _Step(nn.Module):
         self.cos, self.sin = rope_table(model.config, positions, model.lm_head.weight.dtype)
 
     def forward(self, tokens: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-        """Logits [B, 1, vocab] for tokens and positions [B, 1]; values [layers, B, capacity, 576] as in `LatentCache`."""
+        """Logits [B, 1, vocab] for tokens and positions [B, 1]; values are those of a `LatentCache`."""
         x = self.model.model.embed_tokens(tokens)
         visible = torch.arange(values.shape[2], device=x.device) <= positions[:, None, :, None]
         context = Context(self.cos[positions], self.sin[positions], values, positions, visible)

@@ -238,7 +238,8 @@ def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sp
         raise ValueError("the model has no MTP module to draft with (num_nextn_predict_layers is 0); "
                          "pass speculative=False")
     if compiled is not None and speculative:
-        raise ValueError("a compiled step reads one token a pass and drafts need two; leave out compiled or speculative")
+        raise ValueError("a compiled step reads one token a pass and drafts need two; "
+                         "leave out compiled or speculative")
     if compiled is not None and (compiled.batch != len(prompts) or compiled.capacity < longest + max_new_tokens):
-        raise ValueError(f"the step was compiled for {compiled.batch} rows of {compiled.capacity} tokens; these prompts "
-                         f"need {len(prompts)} rows of {longest + max_new_tokens}")
+        raise ValueError(f"the step was compiled for {compiled.batch} rows of {compiled.capacity} tokens; "
+                         f"these prompts need {len(prompts)} rows of {longest + max_new_tokens}")
