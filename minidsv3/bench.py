@@ -163,48 +163,52 @@ def _compiled_ours(model: Transformer, prompt: torch.Tensor) -> Callable[[], Non
 
 
 class _PeerStep(torch.nn.Module):
-    """The peer over one token behind a prompt, with its static cache as buffers, which `torch.export` can mutate."""
+    """The peer over new tokens behind a static cache, whose tensors are arguments so that a program can write to them."""
 
-    def __init__(self, model: torch.nn.Module, prompt: torch.Tensor):
-        from transformers import StaticCache
+    def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
-        self.prefill(prompt)                       # the cache makes its tensors at the first pass
-        for i, layer in enumerate(self.cache.layers):
-            for name in ("keys", "values", "cumulative_length"):
-                self.register_buffer(f"{name}_{i}", getattr(layer, name), persistent=False)
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
+        cache = _static_cache(self.model)
+        for layer, keys, values, length in zip(cache.layers, *(tensors[i::3] for i in range(3))):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values, layer.cumulative_length = keys, values, length
+        return _peer_pass(self.model, tokens, positions, cache)
+
+
+def _static_cache(model: torch.nn.Module):
+    from transformers import StaticCache
+    return StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
+
+
+def _peer_pass(model: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor, cache) -> torch.Tensor:
+    out = model(input_ids=tokens, past_key_values=cache, use_cache=True, position_ids=positions[None])
+    return out.logits[:, -1:].argmax(-1)
+
+
+def _compiled_peer(model: torch.nn.Module, prompt: torch.Tensor, export: bool) -> Callable[[], torch.Tensor]:
+    """The peer's best cases known to us: one step over a static cache, by torch.compile or, as ours, as a program."""
+    def prefill() -> tuple:
+        cache = _static_cache(model)
+        return _peer_pass(model, prompt, torch.arange(PROMPT), cache), cache, [
+            tensor for layer in cache.layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
+
+    if export:
+        with torch.no_grad():
+            token, _, tensors = prefill()
+        program = exported(_PeerStep(model), (token, torch.tensor([PROMPT]), tensors))
+    else:   # `freezing` makes its code fail
+        compiled = torch.compile(lambda *inputs: _peer_pass(model, *inputs), options={"cpp_wrapper": True})
 
     @torch.no_grad()
-    def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
-        """The first token behind the prompt, whose keys and values replace what the cache held."""
-        self.cache.reset()
-        return self._pass(prompt, torch.arange(PROMPT))
-
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        for i, layer in enumerate(self.cache.layers):
-            for name in ("keys", "values", "cumulative_length"):
-                setattr(layer, name, getattr(self, f"{name}_{i}"))
-        return self._pass(tokens, positions)
-
-    def _pass(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, position_ids=positions[None])
-        return out.logits[:, -1:].argmax(-1)
-
-
-def _compiled_peer(model: torch.nn.Module, prompt: torch.Tensor, export: bool) -> Callable[[], None]:
-    """The peer's best cases known to us: one compiled step over a static cache, by torch.compile or, as ours, exported.
-
-    The exported program has a cache of its own, whose contents do not matter for its time.
-    """
-    peer_step = _PeerStep(model, prompt)
-    step = (exported(peer_step, (prompt[:, :1], torch.tensor([PROMPT]))) if export
-            else torch.compile(peer_step, options={"cpp_wrapper": True}))   # `freezing` makes its code fail
-
-    @torch.no_grad()
-    def run() -> None:
-        token = peer_step.prefill(prompt)
+    def run() -> torch.Tensor:
+        token, cache, tensors = prefill()
+        text = [token]
         for position in range(PROMPT, PROMPT + NEW - 1):
-            token = step(token, torch.tensor([position]))
+            where = torch.tensor([position])
+            text.append(program(text[-1], where, tensors) if export else compiled(text[-1], where, cache))
+        return torch.cat(text, 1)
     return run
 
 
