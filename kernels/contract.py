@@ -6,6 +6,8 @@ products; and that loop fuses with its neighbours, the choice of an expert among
 A compiled pass over one token is therefore given sums, and everything else BLAS.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T: x [..., in] and weight [out, in] -> [..., out]."""
-    if not fused_by_compiler(x, x.shape[:-1].numel()):
+    if not fused_by_compiler(x, x.shape[:-1]):
         return F.linear(x, weight)
     return (x.unsqueeze(-2) * weight).sum(-1)
 
@@ -22,15 +24,15 @@ def contract(equation: str, x: Tensor, weight: Tensor) -> Tensor:
     """`torch.einsum(equation, x, weight)`. The letters b, t and n of x count tokens, as in `bthd,hdr->bthr`."""
     inputs, out = equation.split("->")
     left, right = inputs.split(",")
-    if not fused_by_compiler(x, torch.Size(n for letter, n in zip(left, x.shape) if letter in "btn").numel()):
+    if not fused_by_compiler(x, (size for letter, size in zip(left, x.shape) if letter in "btn")):
         return torch.einsum(equation, x, weight)
     order = out + "".join(letter for letter in left if letter not in out)
     return (_spread(x, left, order) * _spread(weight, right, order)).sum(tuple(range(len(out), len(order))))
 
 
-def fused_by_compiler(x: Tensor, tokens: int) -> bool:
-    """Whether products of so many tokens should be sums: in a compiled pass over one token on a CPU."""
-    return tokens == 1 and x.device.type == "cpu" and torch.compiler.is_compiling()
+def fused_by_compiler(x: Tensor, token_sizes: Iterable[int]) -> bool:
+    """Whether products should be sums: in a compiled pass on a CPU over one token (all of `token_sizes` are 1)."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and all(size == 1 for size in token_sizes)
 
 
 def _spread(x: Tensor, letters: str, order: str) -> Tensor:

@@ -46,7 +46,7 @@ def route_reference(logits: torch.Tensor, bias: torch.Tensor, *, n_group: int, t
 
 def _best(values: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the k largest, largest first; among equals the lower index (`topk` promises no order of ties)."""
-    if fused_by_compiler(values, values.shape[:-1].numel()):   # comparisons fuse with their neighbours, a sort does not
+    if fused_by_compiler(values, values.shape[:-1]):   # comparisons fuse with their neighbours, a sort does not
         place = torch.arange(values.shape[-1], device=values.device)
         one, other = values[..., :, None], values[..., None, :]
         ahead = (other > one) | (other == one) & (place < place[:, None])

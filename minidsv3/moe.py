@@ -90,7 +90,8 @@ class Experts(nn.Module):
 
         Compiled, nothing is copied: the products read the chosen rows where they are.
         """
-        gate_up, down = self.gate_up_proj[routing.experts], self.down_proj[routing.experts]   # [N, k, out, in]
+        gate_up, down = (weight.index_select(0, routing.experts.flatten()).unflatten(0, routing.experts.shape)
+                         for weight in (self.gate_up_proj, self.down_proj))                  # [N, k, out, in]
         gate, up = contract("nd,nkwd->nkw", x, gate_up.to(x.dtype)).chunk(2, -1)
         weighted = swiglu(gate, up) * routing.weights.to(x.dtype).unsqueeze(-1)
         return contract("nkw,nkdw->nkd", weighted, down.to(x.dtype)).sum(1)
