@@ -163,7 +163,7 @@ def _compiled_ours(model: Transformer, prompt: torch.Tensor) -> Callable[[], Non
 
 
 class _PeerStep(torch.nn.Module):
-    """The peer over new tokens behind a static cache, whose tensors are arguments so that a program can write to them."""
+    """The peer over new tokens behind a static cache, whose tensors are arguments, so that a program can write them."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import minidsv3.attention
+import minidsv3.layers
 import minidsv3.moe
 from minidsv3 import ModelConfig, Transformer
 from minidsv3.attention import LatentCache
@@ -140,7 +141,7 @@ def test_double_has_no_float32_inside():
 
 
 @pytest.mark.parametrize("place, name, leak", [
-    (minidsv3.attention, "rms_norm", lambda x, *rest: rms_norm(x.float(), *rest).to(x.dtype)),
+    (minidsv3.layers, "rms_norm", lambda x, *rest: rms_norm(x.float(), *rest).to(x.dtype)),
     (minidsv3.moe, "route", lambda logits, *rest, **options: route(logits.float(), *rest, **options)),
     (minidsv3.attention, "rope", lambda x, *tables: minidsv3.kernels.rope(x.float(), *tables).to(x.dtype)),
 ], ids=["norm", "router", "rope"])
