@@ -200,6 +200,7 @@ def test_without_token_zeroes_the_embedding_and_nothing_else():
 
 LARGER = Claim(id="larger", claim="b is 2 above a", value=lambda runs: runs["b"]["x"] - runs["a"]["x"], least=2)
 EQUAL = replace(LARGER, id="equal", most=0.5)
+MARK = replace(LARGER, id="mark", directed=False)
 
 
 @pytest.mark.parametrize("claim, values, verdict", [
@@ -212,6 +213,9 @@ EQUAL = replace(LARGER, id="equal", most=0.5)
     (EQUAL, [0.5, -0.5, 0, 0.1, 9], "reproduces in size"),
     (EQUAL, [-1, -1, -1, -1, -1], "does not show at this scale"),
     (EQUAL, [0.6, -0.6, 1, 1, 1], "does not show at this scale"),
+    (MARK, [2, 3, 4, 5, 1], "reproduces in size"),
+    (MARK, [1, 1, 1, 1, 1], "does not show at this scale"),
+    (MARK, [-1, -1, -1, -1, -1], "does not show at this scale"),
 ])
 def test_verdicts(claim, values, verdict):
     runs = [{"method": method, "seed": seed, "x": value if method == "b" else 0}

@@ -323,7 +323,7 @@ class Claim:
     """A sentence with a threshold, and the number of one seed's runs that decides it.
 
     `value` is positive in the claimed direction. It holds from `least` on; a claim of equality has `most` instead, and
-    holds up to that distance from 0.
+    holds up to that distance from 0. A mark to reach has no direction: below it the claim just does not show.
     """
 
     id: str
@@ -331,6 +331,7 @@ class Claim:
     value: Callable[[dict[str, dict]], float]      # runs of one seed by method
     least: float = 0.0
     most: float | None = None
+    directed: bool = True
 
     def holds(self, value: float) -> bool:
         return value >= self.least if self.most is None else abs(value) <= self.most
@@ -342,9 +343,10 @@ class Claim:
 
         if mostly(self.holds):
             return "reproduces in size"
-        if self.most is None and mostly(lambda value: value > 0):
+        directed = self.directed and self.most is None
+        if directed and mostly(lambda value: value > 0):
             return "reproduces in direction"
-        if self.most is None and mostly(lambda value: value < 0):
+        if directed and mostly(lambda value: value < 0):
             return "shows the opposite"
         return "does not show at this scale"
 
