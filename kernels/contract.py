@@ -21,7 +21,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def contract(equation: str, x: Tensor, weight: Tensor) -> Tensor:
-    """`torch.einsum(equation, x, weight)`. The letters b, t and n of x count tokens, as in `bthd,hdr->bthr`."""
+    """`torch.einsum(equation, x, weight)`, and refused as there. The letters b, t and n of x count tokens, as in
+    `bthd,hdr->bthr`; every letter that is summed stands in x.
+    """
     inputs, out = equation.split("->")
     left, right = inputs.split(",")
     if not fused_by_compiler(x, (size for letter, size in zip(left, x.shape) if letter in "btn")):

@@ -1,8 +1,9 @@
 """Speed on a CPU beside transformers: training and greedy decoding at nano's geometry, in one run, rounds interleaved.
 
 Every contender does the same work in the same dtype: random weights, the same tokens, MTP off, AdamW (fused) and
-clipping inside the training step. A number is the median of its rounds. transformers enters in several variants, with
-and without torch.compile; what counts is the fastest. Compiled decoding takes the prompt uncompiled on both sides.
+clipping inside the training step. A number is the median of its rounds. transformers enters in several variants, plain,
+with torch.compile, and exported as our own step is; what counts is the fastest. Compiled decoding takes the prompt
+uncompiled on both sides.
 """
 
 import json
@@ -59,7 +60,12 @@ def bench_cpu(out: Path, rounds: int = 5, compiled: bool = True) -> dict:
 
 
 def interleave(contenders: dict[str, Callable[[], None]], tokens: int, rounds: int) -> dict[str, float]:
-    """Tokens a second of each contender: one warm-up, then `rounds` rounds in turn, so that noise meets all alike."""
+    """Tokens a second of each contender."""
+    return {name: round(tokens / seconds, 1) for name, seconds in medians(contenders, rounds).items()}
+
+
+def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of each contender: one warm-up, then the median of `rounds` rounds in turn; noise meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
@@ -68,7 +74,7 @@ def interleave(contenders: dict[str, Callable[[], None]], tokens: int, rounds: i
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def advantage(rates: dict[str, float]) -> float:

@@ -1,5 +1,6 @@
 """A compiled step is the model: logits, cache and text; and it refuses what it was not compiled for."""
 
+import os
 import shutil
 
 import pytest
@@ -14,7 +15,9 @@ from minidsv3.compiled import CompiledStep, _Step
 pytestmark = [pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
               pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")]
 CAPACITY = 12
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++: apt-get install g++")
+# without a compiler the tests are left out on a reader's machine, and fail where CI runs
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None and os.environ.get("CI") != "true",
+                                    reason="compiling needs g++: apt-get install g++")
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_decoding_measures_every_batch(monkeypatch):
     assert found["1"]["drafted"] == found["8"]["drafted"]
 
 
-def test_medians_take_the_contenders_in_turn():
+def test_milliseconds_take_the_contenders_in_turn():
     calls = []
-    times = mtp_cost.medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    times = mtp_cost.milliseconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
     assert calls == ["a", "b"] * 3 and times.keys() == {"a", "b"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from nano_runs import (RESULTS, Claim, Options, command, forward, held_out_loss, judge, machine, main, new_model,
-                       read_options, run_all, training)
+                       read_options, run_all, training, worse)
 from torch import Tensor, nn
 
 from minidsv3 import ModelConfig, Transformer
@@ -94,11 +94,6 @@ def weights_of_attention(name: str, config: ModelConfig) -> int:
 
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
-
-def worse(runs: dict[str, dict], method: str, than: str) -> float:
-    """By how many nats the held-out loss of `method` lies above that of `than`."""
-    return runs[method]["held_out"] - runs[than]["held_out"]
-
 
 CLAIMS = (
     Claim(id="mla_below_mha",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mtp_cost import medians
+from mtp_cost import milliseconds
 from torch import Tensor
 
 from minidsv3 import ModelConfig, bench
@@ -133,11 +133,11 @@ def measure(config: ModelConfig) -> dict:
         forms, found["cache_bytes"][str(n)] = decoders(layer, n)
         check(forms)
         slow = {"none": forms.pop("none")}
-        found["decode_ms"][str(n)] = medians(forms, FAST_ROUNDS) | medians(slow, SLOW_ROUNDS)
+        found["decode_ms"][str(n)] = milliseconds(forms, FAST_ROUNDS) | milliseconds(slow, SLOW_ROUNDS)
     x = torch.randn(1, PREFILL, config.hidden_size)
     context = make_context(config, (1, PREFILL), torch.float32, "cpu")
     prompt = {form: with_form(layer, form, lambda: layer(x, context)) for form in ("expanded", "absorbed")}
-    return found | {"prefill_ms": medians(prompt, SLOW_ROUNDS)}
+    return found | {"prefill_ms": milliseconds(prompt, SLOW_ROUNDS)}
 
 
 def measure_all() -> dict:

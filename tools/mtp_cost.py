@@ -10,8 +10,6 @@ model over one token and over two (the last token and its draft), and the module
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,24 +41,16 @@ CLAIMS = {
 }
 
 
-def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each contender: one warm-up, then the median of `rounds` rounds in turn."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
-    return {name: round(1000 * statistics.median(each), 3) for name, each in times.items()}
+def milliseconds(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """`bench.medians`, as they are stored."""
+    return {name: round(1000 * seconds, 3) for name, seconds in bench.medians(contenders, rounds).items()}
 
 
 def training(rounds: int) -> dict:
     """A step of nano with and without MTP: milliseconds, FLOPs and peak memory, and their ratios."""
     plain, mtp = bench.OURS, bench.OURS_MTP
     builders = bench.training_builders(autocast=False)
-    step = medians({"plain": builders[plain](), "mtp": builders[mtp]()}, rounds)
+    step = milliseconds({"plain": builders[plain](), "mtp": builders[mtp]()}, rounds)
     peak = {name: bench.in_fresh_process(bench._peak_of_training, who) for name, who in
             (("plain", plain), ("mtp", mtp))}
     flops = cost.training_flops(bench.nano(1), bench.LENGTH)
@@ -86,7 +76,7 @@ def passes(model: Transformer, batch: int, rounds: int) -> dict[str, float]:
         context = make_context(model.config, tokens.shape, hidden.dtype, hidden.device, cache, start)
         module.logits(module(model.carried(hidden), tokens, context)[:, -1]).argmax(-1)
 
-    return medians({"main": lambda: main(1), "main_of_two": lambda: main(2), "module": draft}, rounds)
+    return milliseconds({"main": lambda: main(1), "main_of_two": lambda: main(2), "module": draft}, rounds)
 
 
 def decoding(model: Transformer, prompts: list[list[int]], rounds: int) -> dict:
@@ -99,7 +89,7 @@ def decoding(model: Transformer, prompts: list[list[int]], rounds: int) -> dict:
 
     contenders = {f"{'speculative' if speculative else 'plain'}, {batch}": lambda b=batch, s=speculative: write(b, s)
                   for batch in BATCHES for speculative in (False, True)}
-    times, found = medians(contenders, rounds), {}
+    times, found = milliseconds(contenders, rounds), {}
     for batch in BATCHES:
         fast, one = write(batch, True), passes(model, batch, 15 * rounds)
         drafted, accepted = sum(each.drafted for each in fast), sum(each.accepted for each in fast)

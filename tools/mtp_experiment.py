@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import torch
 from nano_runs import (KINDS, RESULTS, Claim, Objective, Options, command, held_out_loss, judge, machine, main,
-                       new_model, read_options, rounded, run_all, smoke, training)
+                       mean, new_model, read_options, rounded, run_all, smoke, training, worse)
 from torch import Tensor
 
 from minidsv3 import ModelConfig, Transformer, cost, generate
@@ -32,15 +32,6 @@ PROMPT, NEW = 32, 64           # tokens; prompts are beginnings of held-out rows
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def above(runs: dict[str, dict], variant: str, than: str) -> float:
-    """By how many nats the held-out loss of the main head lies above another variant's."""
-    return runs[variant]["held_out"] - runs[than]["held_out"]
-
-
 def accepted_share(runs: dict[str, dict], drafter: str, kinds: tuple[str, ...] = KINDS) -> float:
     return mean([runs["mtp"]["acceptance"][kind][drafter] for kind in kinds])
 
@@ -52,10 +43,10 @@ def agreement_share(runs: dict[str, dict], drafter: str) -> float:
 CLAIMS = (
     Claim(id="better_at_equal_steps",
           claim="At equal steps the main head's held-out loss with MTP is at least 0.02 nats lower.",
-          value=lambda runs: above(runs, "plain", than="mtp"), least=0.02),
+          value=lambda runs: worse(runs, "plain", than="mtp"), least=0.02),
     Claim(id="better_at_equal_flops",
           claim="At equal training FLOPs the main head's held-out loss with MTP is at least 0.02 nats lower.",
-          value=lambda runs: above(runs, "plain_equal_flops", than="mtp"), least=0.02),
+          value=lambda runs: worse(runs, "plain_equal_flops", than="mtp"), least=0.02),
     Claim(id="acceptance_of_the_report",
           claim="At least 85 % of the drafts are accepted in greedy text, mean of the kinds (report: 85 to 90 %).",
           value=lambda runs: accepted_share(runs, "mtp"), least=0.85, directed=False),

@@ -11,7 +11,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import tempfile
 import tokenize
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from minidsv3 import ModelConfig, Transformer
+from minidsv3 import ModelConfig, Transformer, bench
 from minidsv3.balance import update_biases
 from minidsv3.data import Corpus, Document, MixedBatches, held_out_batches, read_corpus, train_tokenizer
 from minidsv3.durable import replace_file
@@ -308,12 +307,7 @@ def smoke(options: Options) -> str:
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers hang on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
-            "accelerator": torch.cuda.get_device_name() if device == "cuda" else None,
-            "python": platform.python_version(), "torch": torch.__version__}
+    return bench.machine() | {"accelerator": torch.cuda.get_device_name() if device == "cuda" else None}
 
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
@@ -349,6 +343,15 @@ class Claim:
         if directed and mostly(lambda value: value < 0):
             return "shows the opposite"
         return "does not show at this scale"
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def worse(runs: dict[str, dict], method: str, than: str) -> float:
+    """By how many nats the held-out loss of `method` lies above that of `than`, of one seed's runs by method."""
+    return runs[method]["held_out"] - runs[than]["held_out"]
 
 
 def judge(claims: tuple[Claim, ...], runs: list[dict], methods: list[str], key: str = "method") -> list[dict]:

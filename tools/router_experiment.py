@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from nano_runs import (KINDS, RESULTS, Claim, Options, command, forward, judge, machine, main, new_model, read_options,
-                       rounded, run_all, smoke, spread, training, write)
+from nano_runs import (KINDS, RESULTS, Claim, Options, command, forward, judge, machine, main, mean, new_model,
+                       read_options, rounded, run_all, smoke, spread, training, worse, write)
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -56,15 +56,6 @@ METHODS = {
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
 Runs = dict[str, dict]         # of one seed, by method
-
-
-def worse(runs: Runs, method: str, than: str) -> float:
-    """By how many nats the held-out loss of `method` lies above that of `than`."""
-    return runs[method]["held_out"] - runs[than]["held_out"]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def at_the_end(run: dict) -> float:
