@@ -1,17 +1,18 @@
 """The operations that deserve a kernel, each in a file of its own beside its PyTorch definition.
 
-`name_reference` is the definition: the meaning, and what runs on a CPU. `name` is what the model calls. This floor
-imports torch alone; it is imported as `minidsv3.kernels`.
+`name_reference` is the definition: the meaning, and what runs on a CPU. `name` is what the model calls; on a GPU it
+takes the Triton kernel between the two (`use_kernels` switches). This floor imports torch and, where there is one,
+Triton; it is imported as `minidsv3.kernels`. `registry.OPERATIONS` lists all of them with inputs to try.
 """
 
+from .backend import use_kernels, uses_triton
 from .contract import contract, linear
 from .cross_entropy import cross_entropy, cross_entropy_reference, linear_cross_entropy, linear_cross_entropy_reference
-from .registry import OPERATIONS, Operation
 from .rms_norm import rms_norm, rms_norm_reference
 from .rope import rope, rope_reference
 from .route import Routing, route, route_reference
 from .swiglu import swiglu, swiglu_reference
 
-__all__ = ["OPERATIONS", "Operation", "Routing", "contract", "cross_entropy", "cross_entropy_reference", "linear",
-           "linear_cross_entropy", "linear_cross_entropy_reference", "rms_norm", "rms_norm_reference", "rope",
-           "rope_reference", "route", "route_reference", "swiglu", "swiglu_reference"]
+__all__ = ["Routing", "contract", "cross_entropy", "cross_entropy_reference", "linear", "linear_cross_entropy",
+           "linear_cross_entropy_reference", "rms_norm", "rms_norm_reference", "rope", "rope_reference", "route",
+           "route_reference", "swiglu", "swiglu_reference", "use_kernels", "uses_triton"]

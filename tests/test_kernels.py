@@ -7,67 +7,43 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from minidsv3.kernels import (OPERATIONS, Operation, Routing, cross_entropy, linear_cross_entropy, rms_norm, rope,
-                              route, swiglu)
+from compare import assert_alike, outputs, values_and_gradients
+from minidsv3.kernels import cross_entropy, linear_cross_entropy, rms_norm, rope, route, swiglu
+from minidsv3.kernels.registry import OPERATIONS
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}    # of the largest value
-SIZES = [(1, 8), (7, 24), (33, 40), (129, 16)]
-
-
-def values(output: Tensor | Routing) -> Tensor:
-    """What is compared: a router's weights per expert, [N, experts], since ties may come in another order."""
-    if isinstance(output, Routing):
-        return torch.zeros_like(output.logits).scatter(1, output.experts, output.weights)
-    return output
-
-
-def gradients(operation: Operation, function, inputs: tuple) -> tuple[Tensor, ...]:
-    """The function's values and the gradients of its float inputs, against one fixed random cotangent."""
-    leaves = [x for x in inputs if x.requires_grad]
-    output = values(function(*inputs, **operation.options))
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
-    return output.detach(), *torch.autograd.grad(output, leaves, cotangent)
-
-
-def assert_alike(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.dtype == other.dtype and mine.shape == other.shape
-        assert (mine - other).abs().max() <= tolerance * other.abs().max()
+CASES = [pytest.param(operation, case, dtype, id=f"{operation.name}-{case}-{dtype}".replace("torch.", ""))
+         for operation in OPERATIONS.values() for case in operation.cases for dtype in operation.dtypes]
+EXACT = [operation for operation in OPERATIONS.values() if torch.float64 in operation.dtypes]
 
 
 # ---- from the registry ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
-def test_function_equals_definition(operation, dtype, size):
-    inputs = operation.inputs(*size, dtype)
-    definition = gradients(operation, operation.reference, inputs)
-    assert_alike(gradients(operation, operation.function, inputs), definition, TOLERANCE[dtype])
+@pytest.mark.parametrize("operation, case, dtype", CASES)
+def test_function_equals_definition(operation, case, dtype):
+    inputs = operation.cases[case](dtype)
+    definition = values_and_gradients(operation, operation.reference, inputs)
+    assert_alike(values_and_gradients(operation, operation.function, inputs), definition, operation.tolerance[dtype])
 
 
-@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
+@pytest.mark.parametrize("operation", EXACT, ids=lambda operation: operation.name)
 def test_strides_do_not_matter(operation):
-    inputs = operation.inputs(7, 24, torch.float64)
-    apart = [torch.stack((x.detach(), torch.full_like(x, 7)), -1)[..., 0] for x in inputs]
-    strided = tuple(y.requires_grad_(x.requires_grad) for x, y in zip(inputs, apart))
-    assert not strided[0].is_contiguous()
-    together = gradients(operation, operation.function, inputs)
-    assert_alike(gradients(operation, operation.function, strided), together, 1e-14)
+    for build in operation.cases.values():
+        inputs = build(torch.float64)
+        apart = [torch.stack((x.detach(), torch.full_like(x, 7)), -1)[..., 0] for x in inputs]
+        strided = tuple(y.requires_grad_(x.requires_grad) for x, y in zip(inputs, apart))
+        together = values_and_gradients(operation, operation.function, inputs)
+        assert_alike(values_and_gradients(operation, operation.function, strided), together, 1e-14)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
+@pytest.mark.parametrize("operation", EXACT, ids=lambda operation: operation.name)
 def test_gradient_is_the_derivative(operation):
-    inputs = operation.inputs(3, 8, torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: values(operation.function(*x, **operation.options)), inputs)
+    inputs = next(iter(operation.cases.values()))(torch.float64)
 
-
-@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
-def test_bytes_moved_are_at_least_the_inputs(operation):
-    inputs = operation.inputs(64, 32, torch.float32)
-    assert operation.bytes_moved(64, 32, 4) >= sum(x.numel() * x.element_size() for x in inputs if x.requires_grad)
+    def floats(*x):
+        return [y for y in outputs(operation.function(*x, **operation.options)) if y.requires_grad]
+    if any(x.requires_grad for x in inputs):
+        assert torch.autograd.gradcheck(floats, inputs)
 
 
 # ---- from the equations -----------------------------------------------------------------------------------------
@@ -120,10 +96,10 @@ def test_cross_entropy_survives_large_logits():
 @pytest.mark.parametrize("rows", [1, 2, 5, 100])
 def test_fused_loss_does_not_depend_on_its_chunks(rows, monkeypatch):
     operation = OPERATIONS["linear_cross_entropy"]
-    inputs = operation.inputs(5, 8, torch.float64)
-    whole = gradients(operation, operation.function, inputs)
-    monkeypatch.setitem(linear_cross_entropy.__globals__["CHUNK_VALUES"], "cpu", rows * 8)
-    assert_alike(gradients(operation, operation.function, inputs), whole, 1e-14)
+    inputs = operation.cases["7 x 24"](torch.float64)
+    whole = values_and_gradients(operation, operation.function, inputs)
+    monkeypatch.setitem(linear_cross_entropy.__globals__["CHUNK_VALUES"], "cpu", rows * 24)
+    assert_alike(values_and_gradients(operation, operation.function, inputs), whole, 1e-14)
 
 
 # ---- the router -------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def breaks_floors(source: str, module: str, is_package: bool = False) -> list[st
     if floor(module) < FLOORS.index("minidsv3.views"):
         faults += [f"{module} imports {name}: only the views draw" for name in used if name.split(".")[0] in DRAWING]
     top = imports(source, module, is_package, inside_functions=False)
-    faults += [f"{module} imports triton at its top" for name in top if name.split(".")[0] == "triton"]
+    if module != "minidsv3.kernels.backend":   # which goes on without it
+        faults += [f"{module} imports triton at its top" for name in top if name.split(".")[0] == "triton"]
     return faults
 
 
@@ -132,7 +133,7 @@ def test_everything_named_is_pinned_and_the_pins_are_what_runs():
     from importlib.metadata import version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    needed = requirement_names(project["dependencies"] + project["optional-dependencies"]["test"]) - {"triton"}
+    needed = requirement_names(project["dependencies"] + project["optional-dependencies"]["test"])
     assert needed <= requirement_names(pins)
     for pin in pins:
         name, _, number = pin.partition("==")
