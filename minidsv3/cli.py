@@ -217,3 +217,17 @@ def bench_cpu(
     """Training and decoding at nano's geometry beside transformers; run it alone on a quiet machine."""
     from . import bench as benchmark
     typer.echo(json.dumps(benchmark.bench_cpu(out, rounds, compiled), indent=1))
+
+
+@bench.command("kernels")
+def bench_kernels(
+    out: Annotated[Path, typer.Option(help="where the numbers go")] = Path("results/kernels.json"),
+    only: Annotated[list[str] | None, typer.Option(help="an operation; may be repeated  [default: all]")] = None,
+) -> None:
+    """Every kernel at full size beside its peers, on one NVIDIA GPU that does nothing else."""
+    from . import bench_kernels as benchmark
+    results = benchmark.bench_kernels(out, only or ())
+    for line in results["entries"]:
+        typer.echo(f"{line['operation']}, {line['shape']}, {line['pass']}: " + ", ".join(
+            f"{name} {value:.4f} ms" if isinstance(value, float) else f"{name} failed" for name, value in
+            line["ms"].items()))
