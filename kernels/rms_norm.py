@@ -24,27 +24,27 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def _forward(X, W, Y, R, stride, rows, eps, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Each program takes every n-th row and keeps the gain in registers."""
+def _forward(X, W, Y, R, stride, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+    """One row a program."""
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
+    x = tl.load(X + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(W + column, mask=inside, other=0.0).to(tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        x = tl.load(X + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-        r = 1 / tl.sqrt(tl.sum(x * x) / D + eps)
-        tl.store(R + row, r)
-        y = x * r * weight
-        tl.store(Y + row * D + column, y.to(Y.dtype.element_ty), mask=inside)
+    r = 1 / tl.sqrt(tl.sum(x * x) / D + eps)
+    tl.store(R + row, r)
+    tl.store(Y + row * D + column, (x * r * weight).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward(X, W, R, DY, DX, DW, stride, rows, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Each program leaves its own sum of n dy: adding them up afterwards gives the same bits in every run."""
+def _backward(X, W, R, DY, DX, DW, stride, rows, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """Each program takes every n-th row and leaves its own sum of n dy: the order of all sums is the same in every
+    run."""
     column = tl.arange(0, BLOCK)
     inside = column < D
     weight = tl.load(W + column, mask=inside, other=0.0).to(tl.float32)
     gain = tl.zeros((BLOCK,), tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0), num_stages=STAGES):
         x = tl.load(X + row * stride + column, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(DY + row * D + column, mask=inside, other=0.0).to(tl.float32)
         r = tl.load(R + row)
@@ -71,9 +71,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [N, d], weight [d] -> y [N, d] and 1 / rms [N] in FP32, which the gradient needs."""
     x, weight = _rows(x), weight.contiguous()
     y, r = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(len(x), device=x.device)
-    options = _launch(x)
     if len(x):
-        _forward[options.pop("grid")](x, weight, y, r, x.stride(0), len(x), eps, **options)
+        _forward[(len(x),)](x, weight, y, r, x.stride(0), eps, **_block(x))
     return y, r
 
 
@@ -81,13 +80,12 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _rms_norm_backward(x: Tensor, weight: Tensor, r: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """dx [N, d] and dw [d] from dy = `slope` [N, d]."""
     x, weight, slope = _rows(x), weight.contiguous(), slope.contiguous()
-    options = _launch(x)
-    grid = options.pop("grid")
+    block = _block(x)
+    programs = min(len(x), 32 // block["num_warps"] * processors(x.device))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(*grid, x.shape[1], device=x.device)
-    if not len(x):
-        return dx, torch.zeros_like(weight)
-    _backward[grid](x, weight, r, slope, dx, sums, x.stride(0), len(x), **options)
+    sums = torch.empty(programs, x.shape[1], device=x.device)
+    if programs:
+        _backward[(programs,)](x, weight, r, slope, dx, sums, x.stride(0), len(x), STAGES=2, **block)
     return dx, sums.sum(0).to(weight.dtype)
 
 
@@ -96,11 +94,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(x: Tensor) -> dict:
+def _block(x: Tensor) -> dict[str, int]:
+    """A row in one block, 16 values a thread."""
     block = triton.next_power_of_2(x.shape[1])
-    warps = min(max(block // 512, 1), 16)
-    return {"grid": (min(len(x), 32 // warps * processors(x.device)),), "D": x.shape[1], "BLOCK": block,
-            "num_warps": warps}
+    return {"D": x.shape[1], "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
 _rms_norm.register_fake(lambda x, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)))
