@@ -23,4 +23,4 @@ OPERATION = Operation(
     options={"n_group": 4, "topk_group": 2, "top_k": 4, "scaling_factor": 2.5},
     cases={"one token": _inputs(1, 8), "7 x 24": _inputs(7, 24), "33 x 40": _inputs(33, 40), "129 x 16": _inputs(129, 16)},
     shapes={"65536 x 256": lambda: _inputs(65536, 256)(torch.float32)},
-    peers={"compiled definition": compiled(route_reference)}, has_kernel=False)
+    peers={"compiled definition": compiled(route_reference)})
