@@ -42,6 +42,7 @@ app.add_typer(bench, name="bench")
 
 Source = Annotated[Path, typer.Option("--model", help="a run's folder or one in the hub's layout")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Kernels = Annotated[str, typer.Option(help="auto (Triton on a GPU), triton or torch (the definitions)")]
 
 
 # ---- train ------------------------------------------------------------------------------------------------------
@@ -60,9 +61,12 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu or cuda  [default: cpu]")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE",
                                                    help="any field of ModelConfig, Recipe, TrainConfig")] = None,
+    kernels: Kernels = "auto",
 ) -> None:
     """Train on real text; Ctrl-C saves, --resume goes on."""
     from . import train as training
+    from .kernels import use_kernels
+    use_kernels(kernels)
     settings = dict(source=corpus, seed=seed, precision=precision, save_every=save_every, device=device)
     settings = {name: value for name, value in settings.items() if value is not None}
     out = out or Path("runs") / preset
@@ -132,10 +136,13 @@ def generate(
     speculative: Annotated[bool, typer.Option("--speculative", help="draft with the MTP module")] = False,
     seed: Annotated[int | None, typer.Option(help="makes drawn text repeatable")] = None,
     device: Device = "cpu",
+    kernels: Kernels = "auto",
 ) -> None:
     """Continue a text with a trained model."""
     from .data import encode
     from .generate import generate as continue_text
+    from .kernels import use_kernels
+    use_kernels(kernels)
     transformer, tokenizer = load(model, device)
     eos = transformer.config.eos_token_id
     start = encode(tokenizer, prompt) or [eos]      # documents begin behind the end of another
@@ -231,3 +238,13 @@ def bench_kernels(
         typer.echo(f"{line['operation']}, {line['shape']}, {line['pass']}: " + ", ".join(
             f"{name} {value:.4f} ms" if isinstance(value, float) else f"{name} failed" for name, value in
             line["ms"].items()))
+
+
+@bench.command("training")
+def bench_training(
+    out: Annotated[Path, typer.Option(help="where the numbers go")] = Path("results/bench_training.json"),
+    steps: Annotated[int, typer.Option(help="of which the median counts")] = 10,
+) -> None:
+    """A training step of mini in BF16 beside transformers, on one NVIDIA GPU that does nothing else."""
+    from . import bench_training as benchmark
+    typer.echo(json.dumps(benchmark.bench_training(out, steps), indent=1))

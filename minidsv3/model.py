@@ -23,7 +23,7 @@ class Losses(NamedTuple):
     total: Tensor      # main + mtp_weight * mtp + balance_weight * balance
     main: Tensor       # next-token cross-entropy
     mtp: Tensor        # mean over depths of L^k (eq. 25 without lambda); 0 without modules
-    balance: Tensor    # sum over MoE layers of the sequence-wise loss (eq. 17 without alpha)
+    balance: Tensor    # sum over MoE layers of the sequence-wise loss (eq. 17 without alpha); 0 if its weight is
     load: Tensor       # [MoE layers, experts] float32: tokens that chose each expert, MTP's layers last
 
 
@@ -92,14 +92,14 @@ class Transformer(nn.Module):
 
         tokens [B, T + 1] int64. `documents` [B, T + 1] numbers the packed documents, so that MTP never predicts across
         one's end; the next-token loss and attention do cross, as in the report's pre-training.
-        MTP runs if its weight is not 0.
+        MTP runs if its weight is not 0, and so does the balance loss.
         """
         record: list[Routing] = []
         hidden = self.hidden(tokens[:, :-1], record=record)
         main = prediction_loss(self.model.norm(hidden), self.lm_head.weight, tokens, depth=0)
         mtp = self._mtp(hidden, tokens, documents, record) if mtp_weight else main.new_zeros(())
         balance = main.new_zeros(())
-        for routing in record:
+        for routing in record if balance_weight else ():
             layer_logits = routing.logits.unflatten(0, (tokens.shape[0], -1))
             balance = balance + sequence_balance_loss(layer_logits, self.config.num_experts_per_tok)
         load = torch.zeros(self.config.moe_layers, self.config.n_routed_experts, device=main.device)
