@@ -103,8 +103,8 @@ class Transformer(nn.Module):
             layer_logits = routing.logits.unflatten(0, (tokens.shape[0], -1))
             balance = balance + sequence_balance_loss(layer_logits, self.config.num_experts_per_tok)
         load = torch.zeros(self.config.moe_layers, self.config.n_routed_experts, device=main.device)
-        for row, routing in zip(load, record):   # rows of MTP modules that did not run stay even: their bias rests
-            row.copy_(routing.load)
+        if record:   # rows of MTP modules that did not run stay even: their bias rests
+            load[:len(record)] = torch.stack([routing.load for routing in record])
         return Losses(main + mtp_weight * mtp + balance_weight * balance, main, mtp, balance, load)
 
     def _mtp(self, hidden: Tensor, tokens: Tensor, documents: Tensor | None, record: list[Routing]) -> Tensor:

@@ -1,0 +1,34 @@
+"""The whole model through its kernels (interpreted on a CPU, compiled on a GPU) agrees with the model of definitions."""
+
+import pytest
+import torch
+
+from minidsv3.kernels import use_kernels
+from minidsv3.kernels.backend import INTERPRETED
+from test_operations import DEVICE, OperatorCalls
+from tiny import tiny_model, tiny_tokens
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+EXPECTED = {"rms_norm", "rms_norm_backward"}
+
+
+def logits_loss_and_gradients(kernels: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], set[str]]:
+    """Of one small model and batch, and which of our operators ran."""
+    model = tiny_model(dtype=torch.float32).to(DEVICE)
+    tokens = tiny_tokens(2, 11).to(DEVICE)
+    with use_kernels(kernels), OperatorCalls() as seen:
+        loss = model.loss(tokens, mtp_weight=0.3, balance_weight=1e-2).total
+        loss.backward()
+        logits = model(tokens[:, :-1]).detach()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return logits, gradients | {"loss": loss.detach()}, {call[0].name().split("::")[1] for call in seen.calls}
+
+
+def test_logits_loss_and_gradients_agree():
+    logits, gradients, operators = logits_loss_and_gradients("triton")
+    wanted_logits, wanted, none = logits_loss_and_gradients("torch")
+    assert not none
+    assert EXPECTED <= operators
+    assert (logits - wanted_logits).abs().max() <= 2e-5 * wanted_logits.abs().max()
+    for name, gradient in gradients.items():
+        assert (gradient - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), name
