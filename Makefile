@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help lab test test-scalar course notebooks docs
+.PHONY: help lab test test-scalar test-gpu course notebooks docs
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -17,6 +17,9 @@ test: $(READY)  ## run everything: unit tests, comparisons with peers, every not
 
 test-scalar: $(READY)  ## run the notebooks with torch's scalar code: outputs must not hang on one CPU
 	@ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest notebooks
+
+test-gpu: $(READY)  ## compare the kernels with their definitions on an NVIDIA GPU
+	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests
 
 course: $(READY)  ## execute every notebook in a fresh kernel, changing nothing
 	@$(BIN)/python tools/notebooks.py --check
