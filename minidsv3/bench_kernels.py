@@ -102,8 +102,9 @@ def floats(result) -> list[Tensor]:
     return [y for y in parts if isinstance(y, Tensor) and y.requires_grad]
 
 
-def copies_of_inputs(build: Callable[[], tuple]) -> list[tuple]:
-    with torch.device("cuda"):
+def copies_of_inputs(build: Callable[[], tuple], device: str = "cuda") -> list[tuple]:
+    """As many as it takes for none to lie in the cache when its turn comes."""
+    with torch.device(device):
         first = build()
         size = sum(x.nbytes for x in first if isinstance(x, Tensor))
         count = min(max(1, -(-INPUTS // size)), MOST_COPIES)
