@@ -3,7 +3,7 @@
 The stock interpreter (3.6 to 3.9) casts narrow floats wrongly: FP32 -> E4M3 loses a carry out of the mantissa
 (125.3 becomes 64) and does not saturate, FP32 -> BF16 truncates, BF16 arithmetic works on the raw bits. Here every
 cast goes through torch, rounds to nearest even and saturates, as the instruction `cvt.rn.satfinite` does; BF16
-operands are computed in FP32 and rounded. `tests/kernels/test_interpreter.py` compares all codes and a fine grid.
+operands are computed in FP32 and rounded; `tl.fma` rounds once. `tests/kernels/test_interpreter.py` compares all codes and a fine grid.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def install() -> None:
-    """Replaces the interpreter's casts, BF16 arithmetic and narrow products, once for the process."""
+    """Replaces the interpreter's casts, BF16 arithmetic, narrow products and fma, once for the process."""
     import triton.language as tl
     import triton.runtime.interpreter as stock
 
@@ -65,9 +65,14 @@ def install() -> None:
         product = np.matmul(float32(left), float32(right))
         return handle((product + total.data).astype(total.data.dtype), total.dtype.scalar)
 
+    def create_fma(self, x, y, z):
+        """Rounds once, as the instruction does: the product of two FP32 values is exact in FP64."""
+        total = x.data.astype(np.float64) * y.data + z.data
+        return handle(total.astype(z.data.dtype), z.dtype.scalar)
+
     stock._convert_float = convert
     builder.cast_impl, builder.binary_op = cast_impl, binary_op
-    builder.unary_op, builder.create_dot = unary_op, create_dot
+    builder.unary_op, builder.create_dot, builder.create_fma = unary_op, create_dot, create_fma
 
 
 def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,12 @@ def _product(X, Y, OUT, N: tl.constexpr):
     tl.store(OUT + at, tl.dot(tl.load(X + at), tl.load(Y + at)))
 
 
+@triton.jit
+def _remainder(X, Y, Q, OUT, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(OUT + at, tl.fma(-tl.load(Q + at), tl.load(Y + at), tl.load(X + at)))
+
+
 def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(values.shape, dtype=dtype)
     _cast[(triton.cdiv(len(values), 65536),)](values, out, len(values), 65536)
@@ -77,3 +83,11 @@ def test_narrow_products_are_those_of_the_values(dtype):
     out = torch.empty(16, 16)
     _product[(1,)](x, y, out, 16)
     assert torch.allclose(out, x.float() @ y.float(), atol=1e-4)
+
+
+def test_a_fused_product_and_sum_rounds_once():
+    """What a division leaves over is far smaller than the rounding of q y alone would be."""
+    x, y = torch.rand(2, 256) + 0.5
+    q, out = x / y, torch.empty(256)
+    _remainder[(1,)](x, y, q, out, 256)
+    assert torch.equal(out.double(), x.double() - q.double() * y.double())
