@@ -8,11 +8,20 @@ Triton; it is imported as `minidsv3.kernels`. `registry.OPERATIONS` lists all of
 from .backend import use_kernels, uses_triton
 from .contract import contract, linear
 from .cross_entropy import cross_entropy, cross_entropy_reference, linear_cross_entropy, linear_cross_entropy_reference
+from .permute import (Permutation, permute, permute_reference, permute_scaled, permute_scaled_reference, sort_by_expert,
+                      sort_by_expert_reference, unpermute, unpermute_reference)
+from .quantize import (dequantize_blocks, dequantize_blocks_reference, quantize_blocks, quantize_blocks_reference,
+                       quantize_columns, quantize_columns_reference, quantize_tiles, quantize_tiles_reference)
 from .rms_norm import rms_norm, rms_norm_reference
 from .rope import rope, rope_reference
 from .route import Routing, route, route_reference
 from .swiglu import swiglu, swiglu_reference
 
-__all__ = ["Routing", "contract", "cross_entropy", "cross_entropy_reference", "linear", "linear_cross_entropy",
-           "linear_cross_entropy_reference", "rms_norm", "rms_norm_reference", "rope", "rope_reference", "route",
-           "route_reference", "swiglu", "swiglu_reference", "use_kernels", "uses_triton"]
+__all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy_reference", "dequantize_blocks",
+           "dequantize_blocks_reference", "linear", "linear_cross_entropy",
+           "linear_cross_entropy_reference", "permute", "permute_reference", "permute_scaled", "permute_scaled_reference",
+           "quantize_blocks", "quantize_blocks_reference",
+           "quantize_columns", "quantize_columns_reference", "quantize_tiles", "quantize_tiles_reference",
+           "rms_norm", "rms_norm_reference", "rope", "rope_reference", "route", "route_reference",
+           "sort_by_expert", "sort_by_expert_reference", "swiglu",
+           "swiglu_reference", "unpermute", "unpermute_reference", "use_kernels", "uses_triton"]

@@ -1,0 +1,83 @@
+"""The quantisers at sizes that do and do not fill their tiles, and at the model's own."""
+
+import torch
+
+from ..operation import Operation, compiled
+from ..quantize import (dequantize_blocks, dequantize_blocks_reference, quantize_blocks, quantize_blocks_reference,
+                        quantize_columns, quantize_columns_reference, quantize_tiles, quantize_tiles_reference)
+
+DTYPES = (torch.float32, torch.bfloat16)
+EXACT = dict.fromkeys(DTYPES, 0.0)
+
+
+def _normal(*shape: int):
+    """Normal random numbers that fall off along both axes, so that small codes occur too."""
+    fall = torch.logspace(1, -1, shape[-2])[:, None] * torch.logspace(2, -2, shape[-1])
+    return lambda dtype: ((torch.randn(*shape) * fall.to(torch.get_default_device())).to(dtype),)
+
+
+def _view(dtype: torch.dtype) -> tuple:
+    """Every second column of a transposed, wider matrix."""
+    return (torch.randn(150, 300).to(dtype).T[10:150, ::2],)
+
+
+def _zero_tile(dtype: torch.dtype) -> tuple:
+    x = torch.randn(130, 260).to(dtype)
+    x[:128, :128] = 0
+    return (x,)
+
+
+def _not_finite(dtype: torch.dtype) -> tuple:
+    """inf in one tile, -inf and NaN in another; the last stays finite."""
+    x = torch.randn(130, 300).to(dtype)
+    x[3, 5], x[4, 130], x[4, 131] = float("inf"), float("-inf"), float("nan")
+    return (x,)
+
+
+def _ties(dtype: torch.dtype) -> tuple:
+    """With amax 448 the scale is 1: every code, every middle between two codes, and its neighbours on both sides."""
+    codes = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    values = torch.cat([codes, middles, middles * (1 + 2**-7), middles * (1 - 2**-7), codes[-1:]])
+    values = torch.cat([values, torch.zeros(-len(values) % 127)]).unflatten(0, (-1, 127))
+    return (torch.cat([values, torch.full_like(values[:, :1], -448.0)], 1).to(dtype),)
+
+
+NO_ROWS = _normal(0, 40)
+MATRICES = {"7 x 200": _normal(7, 200), "one row": _normal(1, 24), "130 x 256": _normal(130, 256),
+            "one column": _normal(129, 1), "view": _view, "zero tile": _zero_tile, "not finite": _not_finite,
+            "ties": _ties, "no rows": NO_ROWS}
+WEIGHTS = MATRICES | {"latent": _normal(576, 130), "experts": _normal(3, 70, 200)}
+
+
+def _shapes(*sizes: tuple[int, ...]) -> dict:
+    return {" x ".join(map(str, size)): lambda size=size: (torch.randn(size, dtype=torch.bfloat16),) for size in sizes}
+
+
+def _quantiser(name: str, function, reference, cases: dict, shapes: dict) -> Operation:
+    return Operation(name, function, reference, cases=cases, dtypes=DTYPES, tolerance=EXACT, shapes=shapes,
+                     peers={"compiled definition": compiled(reference), "eager definition": reference})
+
+
+def _coded(build):
+    """Codes and scales of a matrix that `build` makes, and the dtype to return to."""
+    return lambda dtype: (*quantize_blocks_reference(*build(dtype)), dtype)
+
+
+def _codes(*size: int) -> tuple:
+    blocks = (*size[:-2], -(-size[-2] // 128), -(-size[-1] // 128))
+    return torch.randn(size).to(torch.float8_e4m3fn), torch.rand(blocks) + 0.5, torch.bfloat16
+
+
+TILES = _quantiser("quantize_tiles", quantize_tiles, quantize_tiles_reference, MATRICES,
+                   _shapes((8192, 7168), (4096, 7168)))
+COLUMNS = _quantiser("quantize_columns", quantize_columns, quantize_columns_reference, MATRICES,
+                     _shapes((8192, 7168), (4096, 7168)))
+BLOCKS = _quantiser("quantize_blocks", quantize_blocks, quantize_blocks_reference, WEIGHTS,
+                    _shapes((8192, 7168), (4096, 7168), (32, 2048, 7168)))
+DEQUANTIZE = Operation(
+    "dequantize_blocks", dequantize_blocks, dequantize_blocks_reference,
+    cases={name: _coded(build) for name, build in WEIGHTS.items() if build is not NO_ROWS} | {
+        "no rows": lambda dtype: (torch.empty(0, 40).to(torch.float8_e4m3fn), torch.empty(0, 1), dtype)}, dtypes=DTYPES, tolerance=EXACT,
+    shapes={"8192 x 7168": lambda: _codes(8192, 7168), "32 x 2048 x 7168": lambda: _codes(32, 2048, 7168)},
+    peers={"compiled definition": compiled(dequantize_blocks_reference), "eager definition": dequantize_blocks_reference})

@@ -1,0 +1,258 @@
+"""Quantising to FP8 in tiles (report section 3.3.2): codes = round(x / scale) in E4M3, one FP32 scale a tile.
+
+    scale = max(max |x| over the tile, 1e-4) / 448            448 is E4M3's largest value
+    pow2:   2^ceil(log2 scale): dividing by it is exact, and x may be quantised again along the other axis
+
+    quantize_tiles     1 x 128     activations, for the forward and the input gradient
+    quantize_columns   128 x 1     what the weight gradient sums over tokens; written transposed
+    quantize_blocks    128 x 128   weights
+
+The scale is the multiplier, x ~ codes * scale, as `weight_scale_inv` of the released checkpoints. Nothing saturates:
+|x / scale| passes 448 by one rounding at most. A tile that holds an inf or a NaN gets scale NaN and codes NaN, so that
+it cannot come back as finite nonsense. The last tile of a row or column may be narrower. No gradient passes through.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import FLOATS, tl, triton, uses_triton
+
+TILE = 128              # values that share a scale along the axis of a product's sum (the report's N_C)
+FP8 = torch.float8_e4m3fn
+
+
+def quantize_tiles_reference(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """The definition for 1 x 128. x [M, K] -> codes [M, K], scales [ceil(K / 128), M]: a product that takes many rows
+    at once reads their scales as neighbours."""
+    codes, scales = _quantize(x, 1, TILE, pow2)
+    return codes, scales.T.contiguous()
+
+
+def quantize_columns_reference(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """The definition for 128 x 1. x [M, K] -> codes [K, M], scales [ceil(M / 128), K]: the 1 x 128 tiles of x^T."""
+    return quantize_tiles_reference(x.T, pow2)
+
+
+def quantize_blocks_reference(weight: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """The definition for 128 x 128. weight [..., M, K] -> codes [..., M, K], scales [..., ceil(M/128), ceil(K/128)]."""
+    return _quantize(weight, TILE, TILE, pow2)
+
+
+def dequantize_blocks_reference(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of `quantize_blocks_reference`: codes * scales, rounded once to `dtype`."""
+    rows, columns = codes.shape[-2:]
+    spread = scales.repeat_interleave(TILE, -2)[..., :rows, :].repeat_interleave(TILE, -1)[..., :columns]
+    wide = torch.promote_types(dtype, torch.float32)
+    return (codes.to(wide) * spread.to(wide)).to(dtype)
+
+
+def _quantize(x: Tensor, rows: int, columns: int, pow2: bool) -> tuple[Tensor, Tensor]:
+    """Tiles of `rows` x `columns` of x's last two dimensions; zeros fill the last tiles up and are cut off again."""
+    height, width = x.shape[-2:]
+    tiles = F.pad(x.float(), (0, -width % columns, 0, -height % rows))
+    tiles = tiles.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))       # [..., tile, rows, tile, columns]
+    amax = tiles.abs().amax((-3, -1))
+    scales = amax.clamp(min=1e-4) / 448
+    if pow2:   # adding all ones below the exponent carries into it, unless the scale is a power of two already
+        scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    scales = scales.where(amax.isfinite(), float("nan"))
+    codes = (tiles / scales[..., :, None, :, None]).flatten(-2).flatten(-3, -2)[..., :height, :width]
+    return codes.to(FP8).contiguous(), scales
+
+
+@triton.jit
+def load_tile(X, x_row, x_column, row, column, rows, width):
+    """Rows and columns `row` x `column` of X in FP32, with zeros outside of [rows, width]."""
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    return tl.load(X + row[:, None] * x_row + column[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tile_scale(x, AXIS: tl.constexpr, POW2: tl.constexpr):
+    """The scales of tiles that lie along AXIS. The maximum is taken of the bits: as integers they order like the
+    magnitudes, and inf and NaN, the largest of all, are not lost."""
+    amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
+    scale = tl.div_rn(tl.maximum(amax.to(tl.float32, bitcast=True), 1e-4), 448.0)
+    if POW2:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(amax < 0x7F800000, scale, float("nan"))
+
+
+@triton.jit
+def encode(x, scale):
+    """E4M3 codes of x / scale, rounded as IEEE division rounds it: two steps of Markstein's correction of x * (1 / scale)
+    cost four instructions a value, the division itself some twenty."""
+    inverse, minus = tl.div_rn(1.0, scale), -scale
+    quotient = x * inverse
+    quotient = tl.fma(tl.fma(quotient, minus, x), inverse, quotient)
+    quotient = tl.fma(tl.fma(quotient, minus, x), inverse, quotient)
+    return quotient.to(tl.float8e4nv)
+
+
+@triton.jit
+def _tiles(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
+    """Each program: one tile of each of ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    x = load_tile(X, x_row, x_column, row, column, rows, width)
+    scale = tile_scale(x, 1, POW2)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    tl.store(Q + row[:, None] * width + column[None, :], encode(x, scale[:, None]), mask=inside)
+    tl.store(S + tl.program_id(1) * rows + row, scale, mask=row < rows)
+
+
+@triton.jit
+def _columns(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each program: one tile of each of COLUMNS columns. Reads along rows and writes along columns."""
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    x = load_tile(X, x_row, x_column, row, column, rows, width)
+    scale = tile_scale(x, 0, POW2)
+    store_columns(Q, S, encode(x, scale[None, :]), scale, row, column, rows, width)
+
+
+@triton.jit
+def store_columns(Q, S, codes, scale, row, column, rows, width):
+    """`codes` [row, column] into the transposed Q [width, rows], and the scales of this tile of rows."""
+    inside = (column < width)[:, None] & (row < rows)[None, :]
+    tl.store(Q + column[:, None] * rows + row[None, :], codes.T, mask=inside)
+    tl.store(S + tl.program_id(0) * width + column, scale, mask=column < width)
+
+
+@triton.jit
+def _blocks(X, Q, S, x_matrix, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr):
+    """Each program: one block of one matrix."""
+    matrix = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    x = load_tile(X + matrix * x_matrix, x_row, x_column, row, column, rows, width)
+    scale = tile_scale(tl.reshape(x, (TILE * TILE,)), 0, POW2)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    tl.store(Q + (matrix * rows + row[:, None]) * width + column[None, :], encode(x, scale), mask=inside)
+    block = (matrix * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(S + block, scale)
+
+
+@triton.jit
+def _dequantize(Q, S, Y, rows, width, TILE: tl.constexpr, ROWS: tl.constexpr):
+    """Each program: ROWS rows of one block, which all share its scale."""
+    matrix = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    block_row = matrix * tl.cdiv(rows, TILE) + tl.program_id(0) * ROWS // TILE
+    scale = tl.load(S + block_row * tl.num_programs(1) + tl.program_id(1))
+    codes = load_tile(Q + matrix * rows * width, width, 1, row, column, rows, width)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    y = (codes * scale).to(Y.dtype.element_ty)
+    tl.store(Y + (matrix * rows + row[:, None]) * width + column[None, :], y, mask=inside)
+
+
+def quantize_tiles(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """1 x 128: x [M, K] in any float dtype and layout -> codes [M, K] in E4M3, scales [ceil(K / 128), M] in FP32.
+
+    Raises ValueError if x is not a matrix of floats of 16 bits or more.
+    """
+    _check(x, "quantize_tiles", x.dim() == 2, "[M, K]")
+    return (_quantize_tiles if uses_triton(x) else quantize_tiles_reference)(x.detach(), pow2)
+
+
+def quantize_columns(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """128 x 1: x [M, K] -> codes [K, M] in E4M3, scales [ceil(M / 128), K] in FP32.
+
+    The codes are x's transpose, contiguous: the weight gradient sums over tokens, and Hopper's tensor cores take FP8
+    only with the summed axis innermost. So this is `quantize_tiles(x.T)` in one pass. Raises ValueError as it does.
+    """
+    _check(x, "quantize_columns", x.dim() == 2, "[M, K]")
+    return (_quantize_columns if uses_triton(x) else quantize_columns_reference)(x.detach(), pow2)
+
+
+def quantize_blocks(weight: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """128 x 128: weight [M, K] or [experts, M, K] -> E4M3 codes of that shape, FP32 scales [.., M / 128, K / 128],
+    both rounded up; no block spans two experts. Raises ValueError for another shape or dtype.
+    """
+    _check(weight, "quantize_blocks", weight.dim() in (2, 3), "[M, K] or [experts, M, K]")
+    return (_quantize_blocks if uses_triton(weight) else quantize_blocks_reference)(weight.detach(), pow2)
+
+
+def dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """codes * scales of `quantize_blocks`, or of a checkpoint (`weight_scale_inv`), in `dtype`; float64 is left to the
+    definition. Raises ValueError if the codes are not E4M3 or the scales not one FP32 value a block.
+    """
+    blocks = [*codes.shape[:-2], *(-(-size // TILE) for size in codes.shape[-2:])]
+    if codes.dtype != FP8 or codes.dim() not in (2, 3):
+        raise ValueError(f"dequantize_blocks got codes {list(codes.shape)} {codes.dtype}; "
+                         f"they must be [M, K] or [experts, M, K] in {FP8}")
+    if scales.dtype != torch.float32 or list(scales.shape) != blocks:
+        raise ValueError(f"dequantize_blocks got scales {list(scales.shape)} {scales.dtype}; "
+                         f"codes of shape {list(codes.shape)} need {blocks} in torch.float32")
+    if dtype != torch.float64 and uses_triton(codes, scales):
+        return _dequantize_blocks(codes, scales, dtype)
+    return dequantize_blocks_reference(codes, scales, dtype)
+
+
+def _check(x: Tensor, name: str, right: bool, shape: str) -> None:
+    if not right or x.dtype not in (*FLOATS[:3], torch.float64):
+        raise ValueError(f"{name} got {list(x.shape)} {x.dtype}; "
+                         f"it takes {shape} in float32, bfloat16, float16 or float64")
+
+
+@torch.library.custom_op("minidsv3::quantize_tiles", mutates_args=())
+def _quantize_tiles(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    codes, scales = empty_tiles(x)
+    if x.numel():
+        grid = (triton.cdiv(x.shape[0], ROWS), len(scales))
+        _tiles[grid](x, codes, scales, *x.stride(), *x.shape, pow2, TILE, ROWS, num_warps=4)
+    return codes, scales
+
+
+@torch.library.custom_op("minidsv3::quantize_columns", mutates_args=())
+def _quantize_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    codes, scales = empty_tiles(x.T)
+    if x.numel():
+        grid = (len(scales), triton.cdiv(x.shape[1], COLUMNS))
+        _columns[grid](x, codes, scales, *x.stride(), *x.shape, pow2, TILE, COLUMNS, num_warps=8)
+    return codes, scales
+
+
+@torch.library.custom_op("minidsv3::quantize_blocks", mutates_args=())
+def _quantize_blocks(weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    codes, scales = _empty_blocks(weight)
+    if weight.numel():
+        matrices = weight.view(-1, *weight.shape[-2:]) if weight.dim() == 2 else weight
+        grid = (*scales.shape[-2:], len(matrices))
+        _blocks[grid](matrices, codes, scales, *matrices.stride(), *weight.shape[-2:], pow2, TILE, num_warps=8)
+    return codes, scales
+
+
+@torch.library.custom_op("minidsv3::dequantize_blocks", mutates_args=())
+def _dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    codes, scales = codes.contiguous(), scales.contiguous()
+    y = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if codes.numel():
+        rows, width = codes.shape[-2:]
+        grid = (triton.cdiv(rows, ROWS), scales.shape[-1], codes.numel() // (rows * width))
+        _dequantize[grid](codes, scales, y, rows, width, TILE, ROWS, num_warps=4)
+    return y
+
+
+ROWS, COLUMNS = 32, 64      # rows of 1 x 128 tiles, and columns of 128 x 1 tiles, that one program takes
+
+
+def empty_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the codes and scales of x's 1 x 128 tiles."""
+    rows, width = x.shape
+    return (torch.empty(rows, width, dtype=FP8, device=x.device),
+            torch.empty(-(-width // TILE), rows, dtype=torch.float32, device=x.device))
+
+
+def _empty_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = (-(-size // TILE) for size in weight.shape[-2:])
+    return (torch.empty(weight.shape, dtype=FP8, device=weight.device),
+            torch.empty(*weight.shape[:-2], *blocks, dtype=torch.float32, device=weight.device))
+
+
+_quantize_tiles.register_fake(lambda x, pow2: empty_tiles(x))
+_quantize_columns.register_fake(lambda x, pow2: empty_tiles(x.T))
+_quantize_blocks.register_fake(lambda weight, pow2: _empty_blocks(weight))
+_dequantize_blocks.register_fake(lambda codes, scales, dtype: codes.new_empty(codes.shape, dtype=dtype))
