@@ -150,10 +150,11 @@ def _forward(L, BIAS, EXPERTS, WEIGHTS, LOAD, tokens, factor, E: tl.constexpr, G
 @triton.jit
 def _backward(L, EXPERTS, SLOPE, DL, tokens, factor, E: tl.constexpr, TOP_K: tl.constexpr, NORMALISE: tl.constexpr,
               BLOCK: tl.constexpr, PK: tl.constexpr, PE: tl.constexpr):
-    """Each program writes all of a few tokens' gradients, zeros included, once."""
+    """Each program writes zeros over all of a few tokens' gradients, and then the chosen ones."""
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     slot, expert = tl.arange(0, PK)[None, :], tl.arange(0, PE)[None, :]
     there = token < tokens
+    tl.store(DL + token * E + expert, tl.zeros((BLOCK, PE), DL.dtype.element_ty), mask=there & (expert < E))
     chosen = there & (slot < TOP_K)
     best = tl.load(EXPERTS + token * TOP_K + slot, mask=chosen, other=0).to(tl.int32)
     slope = tl.load(SLOPE + token * TOP_K + slot, mask=chosen, other=0.0)
@@ -162,8 +163,8 @@ def _backward(L, EXPERTS, SLOPE, DL, tokens, factor, E: tl.constexpr, TOP_K: tl.
         total = tl.where(there, tl.sum(s, 1)[:, None], 1.0)
         slope = (slope - tl.sum(slope * s, 1)[:, None] / total) / total
     slope = factor * slope * s * (1 - s)
-    dense = tl.sum(tl.where(best[:, :, None] == expert[:, None, :], slope[:, :, None], 0.0), 1)
-    tl.store(DL + token * E + expert, dense.to(DL.dtype.element_ty), mask=there & (expert < E))
+    tl.debug_barrier()   # other threads of this program wrote the zeros
+    tl.store(DL + token * E + best, slope.to(DL.dtype.element_ty), mask=chosen)
 
 
 def route(logits: torch.Tensor, bias: torch.Tensor, *, n_group: int, topk_group: int, top_k: int,
