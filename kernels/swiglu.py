@@ -1,20 +1,99 @@
-"""SwiGLU: silu(gate) * up, the activation of every FFN and expert.
+"""SwiGLU: silu(gate) * up with silu(g) = g sigmoid(g), the activation of every FFN and expert.
 
-Gate, up and down are w1, w3 and w2 in the released code.
+Gate, up and down are w1, w3 and w2 in the released code. The gradient, with s = sigmoid(gate):
+
+    d_up = dy silu(gate)          d_gate = dy up (s + silu(gate) (1 - s))
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import tl, triton, uses_triton
 
 
-def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """The definition. gate and up [..., width] of one dtype; returns that shape and dtype."""
     return F.silu(gate) * up
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`swiglu_reference`; raises ValueError if gate and up differ in shape or dtype."""
+@triton.jit
+def slopes(gate, up, slope):
+    """d_gate and d_up in FP32."""
+    s = tl.sigmoid(gate)
+    silu = gate * s
+    return slope * up * (s + silu * (1 - s)), slope * silu
+
+
+@triton.jit
+def load_rows(X, x_row, x_column, row, column, inside):
+    """Values of X in FP32: gate and up are often halves of one tensor, whose rows lie apart."""
+    return tl.load(X + row * x_row + column * x_column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _forward(G, U, Y, g_row, g_column, u_row, u_column, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < width)
+    gate = load_rows(G, g_row, g_column, row, column, inside)
+    y = gate * tl.sigmoid(gate) * load_rows(U, u_row, u_column, row, column, inside)
+    tl.store(Y + row * width + column, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(G, U, DY, DG, DU, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < width)
+    d_gate, d_up = slopes(load_rows(G, g_row, g_column, row, column, inside),
+                          load_rows(U, u_row, u_column, row, column, inside),
+                          load_rows(DY, dy_row, dy_column, row, column, inside))
+    tl.store(DG + row * width + column, d_gate.to(DG.dtype.element_ty), mask=inside)
+    tl.store(DU + row * width + column, d_up.to(DU.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu_reference`; the kernel rounds once, at the end. Raises ValueError if gate and up differ in shape or dtype.
+    """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu got gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype}; "
                          "they must be alike")
+    if uses_triton(gate, up):
+        rows = (-1, gate.shape[-1])
+        return _swiglu(gate.reshape(rows), up.reshape(rows)).view(gate.shape)
     return swiglu_reference(gate, up)
+
+
+@torch.library.custom_op("minidsv3::swiglu", mutates_args=())
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel():
+        grid, options = _launch(y, 4096)
+        _forward[grid](gate, up, y, *gate.stride(), *up.stride(), *y.shape, **options)
+    return y
+
+
+@torch.library.custom_op("minidsv3::swiglu_backward", mutates_args=())
+def _swiglu_backward(gate: Tensor, up: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate, d_up = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
+    if slope.numel():
+        grid, options = _launch(slope, 2048)
+        _backward[grid](gate, up, slope, d_gate, d_up, *gate.stride(), *up.stride(), *slope.stride(), *slope.shape,
+                        **options)
+    return d_gate, d_up
+
+
+def _launch(x: Tensor, values: int) -> tuple[tuple[int, int], dict]:
+    """The grid, and the tile of about `values` values that each program takes."""
+    columns = min(triton.next_power_of_2(x.shape[1]), 1024)
+    rows = values // columns
+    return (triton.cdiv(x.shape[0], rows), triton.cdiv(x.shape[1], columns)), {
+        "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+
+
+_swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))
+_swiglu_backward.register_fake(lambda gate, up, slope: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
+_swiglu.register_autograd(lambda ctx, slope: _swiglu_backward(*ctx.saved_tensors, slope),
+                          setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
