@@ -26,3 +26,253 @@ experts [E, ceil(N / 128), ceil(K / 128)]. `accumulate` adds to an FP32 out. end
 increases and holds multiples of 128: expert e owns rows (in `grouped_wgrad` columns) ends[e-1] to ends[e]. Rows of out
 after the last end are left as they are.
 """
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backend import processors, triton
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:
+    gluon = gl = triton   # whatever stands there for a missing Triton
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before a launch. A consumer computes `waves` times 64 rows, one after the other."""
+
+    columns: int = 128         # of a tile of out
+    consumers: int = 2
+    waves: int = 1
+    stages: int = 4            # of the ring in shared memory
+    band: int = 8              # rows of tiles that are walked together, so that they share tiles of b in L2
+    groups: str = "none"       # what `ends` divides among the experts: nothing, "rows" of a or the "depth" K
+    tiles: bool = False        # b has scales for 1x128 tiles, instead of 128x128 blocks
+    accumulate: bool = False
+
+    @property
+    def chunks(self) -> int:   # of 64 rows, in a tile
+        return self.consumers * self.waves
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.chunks
+
+    @property
+    def bytes(self) -> int:    # that one stage of the ring receives
+        return (self.rows + self.columns) * 128 + 4 * self.rows + 4 * self.columns * self.tiles
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread at the start, when all have the same number, and of a consumer's later."""
+        return {1: (255, 255), 2: (168, 240), 3: (128, 160)}[self.consumers]
+
+
+@gluon.jit
+def _tile(t, rows, columns, BAND: gl.constexpr):
+    """Row and column of tile `t`, both counted in tiles."""
+    band = t // (BAND * columns)
+    height = gl.minimum(rows - band * BAND, BAND)
+    inside = t % (BAND * columns)
+    return band * BAND + inside % height, inside // height
+
+
+@gluon.jit
+def _expert(expert, ends, start, M, K, PLAN: gl.constexpr):
+    """Where the expert ends, how many rows it has, and its first and last block of K."""
+    if PLAN.groups == "rows":
+        end = gl.load(ends + expert)
+        return end, end - start, 0, gl.cdiv(K, 128)
+    elif PLAN.groups == "depth":
+        end = gl.load(ends + expert)
+        return end, M, start // 128, end // 128
+    else:
+        return M, M, 0, gl.cdiv(K, 128)
+
+
+@gluon.jit
+def _first(done):
+    """This program's first tile of an expert, if those before have `done` tiles: it takes every n-th of all of them."""
+    programs = gl.num_programs(0)
+    return (gl.program_id(0) + programs - done % programs) % programs
+
+
+@gluon.jit
+def _produce(a, a_scales, b, b_scales, out, ends, experts, ring, PLAN: gl.constexpr):
+    """Fills the ring: for every tile of out, for every block of K, what the consumers need."""
+    CHUNKS: gl.constexpr = PLAN.chunks
+    a_ring, as_ring, b_ring, bs_ring, full, empty = ring
+    N = out.shape[1]
+    columns = gl.cdiv(N, PLAN.columns)
+    step = 0
+    start = 0
+    done = 0
+    for expert in range(experts):
+        end, M, first, last = _expert(expert, ends, start, a.shape[0], a.shape[1], PLAN)
+        rows = gl.cdiv(M, PLAN.rows)
+        for t in range(_first(done), rows * columns, gl.num_programs(0)):
+            i, j = _tile(t, rows, columns, PLAN.band)
+            m = i * PLAN.rows
+            n = j * PLAN.columns
+            if PLAN.groups == "rows":
+                m += start
+                n += expert * N
+            for k in range(first, last):
+                stage = step % PLAN.stages
+                mbarrier.wait(empty.index(stage), (step // PLAN.stages & 1) ^ 1)
+                arrived = full.index(stage)
+                mbarrier.expect(arrived, PLAN.bytes)
+                for c in gl.static_range(CHUNKS):
+                    chunk = stage * PLAN.chunks + c
+                    tma.async_copy_global_to_shared(a, [m + 64 * c, k * 128], arrived, a_ring.index(chunk))
+                    tma.async_copy_global_to_shared(a_scales, [k, m + 64 * c], arrived, as_ring.index(chunk))
+                tma.async_copy_global_to_shared(b, [n, k * 128], arrived, b_ring.index(stage))
+                if PLAN.tiles:
+                    tma.async_copy_global_to_shared(b_scales, [k, n], arrived, bs_ring.index(stage))
+                step += 1
+        start = end
+        done += rows * columns
+
+
+@gluon.jit
+def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, experts, ring, c_tiles, fetched,
+             PLAN: gl.constexpr):
+    """Multiplies what is in the ring and promotes: 64 rows, or twice 64 through one set of registers."""
+    COLUMNS: gl.constexpr = PLAN.columns
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    WAVES: gl.constexpr = PLAN.waves
+    a_ring, as_ring, b_ring, bs_ring, full, empty = ring
+    c_tile = c_tiles.index(consumer)
+    old = fetched.index(consumer)
+    N = out.shape[1]
+    columns = gl.cdiv(N, COLUMNS)
+    product = gl.zeros((64, COLUMNS), gl.float32, MMA)
+    step = 0
+    start = 0
+    done = 0
+    count = 0
+    for expert in range(experts):
+        end, M, first, last = _expert(expert, ends, start, a.shape[0], a.shape[1], PLAN)
+        rows = gl.cdiv(M, PLAN.rows)
+        above = start if PLAN.groups == "rows" else expert * M
+        for t in range(_first(done), rows * columns, gl.num_programs(0)):
+            i, j = _tile(t, rows, columns, PLAN.band)
+            m = (i * PLAN.consumers + consumer) * PLAN.waves * 64
+            n = j * COLUMNS
+            if PLAN.accumulate:
+                tma.store_wait(0)
+                mbarrier.expect(old, 64 * COLUMNS * 4)
+                tma.async_copy_global_to_shared(out, [above + m, n], old, c_tile)
+            if not PLAN.tiles:
+                bs_row = b_scales + (expert * gl.cdiv(N, 128) + n // 128) * gl.cdiv(a.shape[1], 128)
+            sum0 = gl.zeros((64, COLUMNS), gl.float32, MMA)
+            sum1 = gl.zeros((64, COLUMNS), gl.float32, MMA)
+            for k in range(first, last):
+                stage = step % PLAN.stages
+                mbarrier.wait(full.index(stage), step // PLAN.stages & 1)
+                for wave in gl.static_range(WAVES):
+                    chunk = stage * PLAN.chunks + consumer * PLAN.waves + wave
+                    product = warpgroup_mma(a_ring.index(chunk), b_ring.index(stage).permute((1, 0)), product,
+                                            use_acc=False, is_async=True)
+                    scale = as_ring.index(chunk).reshape([64]).load(gl.SliceLayout(1, MMA))
+                    if not PLAN.tiles:
+                        scale *= gl.load(bs_row + k)
+                    scale = scale[:, None]
+                    if PLAN.tiles:
+                        scale *= bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))[None, :]
+                    product = warpgroup_mma_wait(0, deps=(product,))
+                    if wave == PLAN.waves - 1:
+                        mbarrier.arrive(empty.index(stage), count=1)
+                    if wave == 0:
+                        sum0 += product * scale
+                    else:
+                        sum1 += product * scale
+                step += 1
+            for wave in gl.static_range(WAVES):
+                total = sum0 if wave == 0 else sum1
+                if PLAN.accumulate:
+                    mbarrier.wait(old, count & 1)
+                    total += c_tile.load(MMA)
+                else:
+                    tma.store_wait(0)
+                c_tile.store(total.to(out.dtype))
+                fence_async_shared()
+                if m + 64 * wave < M:
+                    tma.async_copy_shared_to_global(out, [above + m + 64 * wave, n], c_tile)
+            count += 1
+        start = end
+        done += rows * columns
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _part(part: gl.constexpr, PLAN: gl.constexpr, a, a_scales, b, b_scales, out, ends, experts, ring, c_tiles, fetched):
+    """The last part of a program's warps produces; those before consume."""
+    if part == PLAN.consumers:
+        _produce(a, a_scales, b, b_scales, out, ends, experts, ring, PLAN)
+    else:
+        _consume(part, a, a_scales, b, b_scales, out, ends, experts, ring, c_tiles, fetched, PLAN)
+
+
+@gluon.jit
+def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
+    STAGES: gl.constexpr = PLAN.stages
+    CONSUMERS: gl.constexpr = PLAN.consumers
+    a_ring = gl.allocate_shared_memory(a.dtype, [PLAN.stages * PLAN.chunks, 64, 128], a.layout)
+    as_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages * PLAN.chunks, 1, 64], a_scales.layout)
+    b_ring = gl.allocate_shared_memory(b.dtype, [PLAN.stages, PLAN.columns, 128], b.layout)
+    bs_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages, 1, PLAN.columns], a_scales.layout)
+    c_tiles = gl.allocate_shared_memory(out.dtype, [PLAN.consumers, 64, PLAN.columns], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], mbarrier.MBarrierLayout())
+    fetched = gl.allocate_shared_memory(gl.int64, [PLAN.consumers, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=PLAN.consumers)
+    for consumer in gl.static_range(CONSUMERS):
+        mbarrier.init(fetched.index(consumer), count=1)
+    inputs = (a, a_scales, b, b_scales, out, ends, experts, (a_ring, as_ring, b_ring, bs_ring, full, empty),
+              c_tiles, fetched)
+    gl.warp_specialize([(_part, (part, PLAN) + inputs) for part in (0, 1, 2, 3)[:PLAN.consumers + 1]],
+                       [4] * (PLAN.consumers - 1) + [1], [PLAN.registers[1]] * (PLAN.consumers - 1) + [24])
+
+
+def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, accumulate: bool = False,
+         **options) -> None:
+    """Fills out, or adds to it."""
+    tiles = b_scales.shape[1] == len(b)
+    _launch(a, a_scales, b, b_scales, out, a_scales, 1, Plan(tiles=tiles, accumulate=accumulate, **options))
+
+
+def grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, out: Tensor,
+                 **options) -> None:
+    """Fills the rows of out that belong to an expert."""
+    _launch(a, a_scales, b.flatten(0, 1), b_scales, out, ends, len(b), Plan(groups="rows", **options))
+
+
+def grouped_wgrad(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, out: Tensor,
+                  accumulate: bool = True, **options) -> None:
+    """Fills out, or adds to it; M must be a multiple of 64."""
+    plan = Plan(groups="depth", tiles=True, accumulate=accumulate, **options)
+    _launch(a, a_scales, b, b_scales, out.flatten(0, 1), ends, len(out), plan)
+
+
+def _launch(a, a_scales, b, b_scales, out, ends, experts, plan: Plan) -> None:
+    _multiply[(processors(a.device),)](
+        _described(a, 64, 128), _described(a_scales, 1, 64), _described(b, plan.columns, 128),
+        _described(b_scales, 1, plan.columns) if plan.tiles else b_scales, _described(out, 64, plan.columns), ends,
+        experts, plan, num_warps=4, maxnreg=plan.registers[0])
+
+
+def _described(x: Tensor, rows: int, columns: int) -> "TensorDescriptor":
+    """What TMA needs to copy boxes of x; its swizzle keeps rows of a tile out of each other's banks."""
+    swizzle = min(columns * x.itemsize, 128) if rows >= 8 else 0
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.itemsize, rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
