@@ -16,12 +16,15 @@ from .rms_norm import rms_norm, rms_norm_reference
 from .rope import rope, rope_reference
 from .route import Routing, route, route_reference
 from .swiglu import swiglu, swiglu_reference
+from .swiglu_quantize import (swiglu_quantize, swiglu_quantize_backward, swiglu_quantize_backward_reference,
+                              swiglu_quantize_reference)
 
 __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy_reference", "dequantize_blocks",
            "dequantize_blocks_reference", "linear", "linear_cross_entropy",
-           "linear_cross_entropy_reference", "permute", "permute_reference", "permute_tiles", "permute_tiles_reference",
-           "quantize_blocks", "quantize_blocks_reference",
-           "quantize_columns", "quantize_columns_reference", "quantize_tiles", "quantize_tiles_reference",
-           "rms_norm", "rms_norm_reference", "rope", "rope_reference", "route", "route_reference",
-           "sort_by_expert", "sort_by_expert_reference", "swiglu",
-           "swiglu_reference", "unpermute", "unpermute_reference", "use_kernels", "uses_triton"]
+           "linear_cross_entropy_reference", "permute", "permute_reference", "permute_tiles",
+           "permute_tiles_reference", "quantize_blocks", "quantize_blocks_reference", "quantize_columns",
+           "quantize_columns_reference", "quantize_tiles", "quantize_tiles_reference", "rms_norm",
+           "rms_norm_reference", "rope", "rope_reference", "route", "route_reference", "sort_by_expert",
+           "sort_by_expert_reference", "swiglu", "swiglu_quantize", "swiglu_quantize_backward",
+           "swiglu_quantize_backward_reference", "swiglu_quantize_reference", "swiglu_reference",
+           "unpermute", "unpermute_reference", "use_kernels", "uses_triton"]

@@ -1,0 +1,156 @@
+"""SwiGLU and its quantisation in one pass: the product, of twice the bytes of its codes, never reaches memory.
+
+The down projection takes silu(gate) * up in FP8 (report section 3.3.2). Its backward pass needs the product again,
+quantised along tokens for the weight gradient; instead of keeping it, training keeps gate and up in FP8 and recomputes
+it (section 3.3.3). So the backward function starts from gate and up, as floats or as codes with their scales, and from
+dy, the slope of the product:
+
+    d_gate, d_up      as in swiglu.py                  for the gradients of gate_proj and up_proj
+    codes, scales     of the product, 128 x 1          for the gradient of down_proj
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import tl, triton, uses_triton
+from .quantize import (FP8, TILE, empty_tiles, encode, load_tile, quantize_columns_reference, quantize_tiles_reference,
+                       store_columns, tile_scale)
+from .swiglu import slopes
+
+
+def swiglu_quantize_reference(gate: Tensor, up: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """The definition: `quantize_tiles_reference` of the product in FP32, which is not rounded on the way."""
+    return quantize_tiles_reference(F.silu(gate.float()) * up.float(), pow2)
+
+
+def swiglu_quantize_backward_reference(gate: Tensor, up: Tensor, slope: Tensor, pow2: bool = False,
+                                       gate_scales: Tensor | None = None, up_scales: Tensor | None = None
+                                       ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition: the gradient of the product in FP32, and `quantize_columns_reference` of the product."""
+    gate, up = _decoded(gate, gate_scales), _decoded(up, up_scales)
+    s = gate.sigmoid()
+    silu = gate * s
+    d_gate = slope.float() * up * (s + silu * (1 - s))
+    d_up = slope.float() * silu
+    return d_gate.to(slope.dtype), d_up.to(slope.dtype), *quantize_columns_reference(silu * up, pow2)
+
+
+def _decoded(x: Tensor, scales: Tensor | None) -> Tensor:
+    """The values that floats, or the codes of `quantize_tiles`, stand for."""
+    return x.float() if scales is None else x.float() * scales.T.repeat_interleave(TILE, 1)[:, :x.shape[1]]
+
+
+@triton.jit
+def _forward(G, U, Q, S, g_row, g_column, u_row, u_column, rows, width,
+             POW2: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
+    """Each program: one tile of each of ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    gate = load_tile(G, g_row, g_column, row, column, rows, width)
+    product = gate * tl.sigmoid(gate) * load_tile(U, u_row, u_column, row, column, rows, width)
+    scale = tile_scale(product, 1, POW2)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    tl.store(Q + row[:, None] * width + column[None, :], encode(product, scale[:, None]), mask=inside)
+    tl.store(S + tl.program_id(1) * rows + row, scale, mask=row < rows)
+
+
+@triton.jit
+def _decode(X, S, x_row, x_column, row, column, tile, rows, width):
+    """A tile of floats, or of codes times their scales where there are any."""
+    x = load_tile(X, x_row, x_column, row, column, rows, width)
+    if S is not None:
+        x *= tl.load(S + tile * rows + row, mask=row < rows, other=0.0)[:, None]
+    return x
+
+
+@triton.jit
+def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width,
+              POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each program: one tile of each of COLUMNS columns; these never span two tiles of the inputs' scales."""
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    tile = tl.program_id(1) * COLUMNS // TILE
+    gate = _decode(G, GS, g_row, g_column, row, column, tile, rows, width)
+    up = _decode(U, US, u_row, u_column, row, column, tile, rows, width)
+    d_gate, d_up = slopes(gate, up, load_tile(DY, dy_row, dy_column, row, column, rows, width))
+    at, inside = row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
+    tl.store(DG + at, d_gate.to(DG.dtype.element_ty), mask=inside)
+    tl.store(DU + at, d_up.to(DU.dtype.element_ty), mask=inside)
+    product = gate * tl.sigmoid(gate) * up
+    scale = tile_scale(product, 0, POW2)
+    store_columns(Q, S, encode(product, scale[None, :]), scale, row, column, rows, width)
+
+
+def swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """gate and up [N, width] in one float dtype, in any layout -> codes [N, width] in E4M3, FP32 scales
+    [ceil(width / 128), N], as of `quantize_tiles`. No gradient passes through: see `swiglu_quantize_backward`.
+
+    Raises ValueError if gate and up differ in shape or dtype or are not matrices of floats of 16 bits or more.
+    """
+    _check(gate, up, gate, None, None)
+    run = _swiglu_quantize if uses_triton(gate, up) else swiglu_quantize_reference
+    return run(gate.detach(), up.detach(), pow2)
+
+
+def swiglu_quantize_backward(gate: Tensor, up: Tensor, slope: Tensor, pow2: bool = False,
+                             gate_scales: Tensor | None = None, up_scales: Tensor | None = None
+                             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the backward pass needs of the product of gate and up, recomputed, and of its `slope` [N, width].
+
+    gate and up are floats [N, width], or the codes of `quantize_tiles` with their scales [ceil(width / 128), N].
+    Returns d_gate and d_up [N, width] in slope's dtype, and the product's codes [width, N] and scales
+    [ceil(N / 128), width] as of `quantize_columns`. Raises ValueError for other shapes, dtypes or missing scales.
+    """
+    _check(gate, up, slope, gate_scales, up_scales)
+    given = [x for x in (gate, up, slope, gate_scales, up_scales) if x is not None]
+    run = _swiglu_quantize_backward if uses_triton(*given) else swiglu_quantize_backward_reference
+    return run(gate.detach(), up.detach(), slope.detach(), pow2, gate_scales, up_scales)
+
+
+def _check(gate: Tensor, up: Tensor, slope: Tensor, gate_scales: Tensor | None, up_scales: Tensor | None) -> None:
+    if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or slope.shape != gate.shape:
+        given = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (gate, up, slope))
+        raise ValueError(f"gate, up and slope must be [N, width], gate and up of one dtype; got {given}")
+    if slope.dtype == FP8 or not slope.is_floating_point():
+        raise ValueError(f"the product's slope, and gate and up without scales, must be floats of 16 bits or more; "
+                         f"got {slope.dtype}")
+    tiles = [-(-gate.shape[1] // TILE), len(gate)] if gate.dtype == FP8 else None
+    for scales in (gate_scales, up_scales):
+        shape = None if scales is None else list(scales.shape)
+        if shape != tiles:
+            raise ValueError(f"gate and up in {gate.dtype} need scales of shape {tiles}; got {shape}")
+
+
+@torch.library.custom_op("minidsv3::swiglu_quantize", mutates_args=())
+def _swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    codes, scales = empty_tiles(gate)
+    if gate.numel():
+        grid = (triton.cdiv(len(gate), ROWS), len(scales))
+        _forward[grid](gate, up, codes, scales, *gate.stride(), *up.stride(), *gate.shape, pow2, TILE, ROWS,
+                       num_warps=4)
+    return codes, scales
+
+
+@torch.library.custom_op("minidsv3::swiglu_quantize_backward", mutates_args=())
+def _swiglu_quantize_backward(gate: Tensor, up: Tensor, slope: Tensor, pow2: bool, gate_scales: Tensor | None,
+                              up_scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_gate, d_up, codes, scales = _empty_backward(gate, slope)
+    if gate.numel():
+        grid = (len(scales), triton.cdiv(gate.shape[1], COLUMNS))
+        gate_scales, up_scales = (x if x is None else x.contiguous() for x in (gate_scales, up_scales))
+        _backward[grid](gate, up, slope, gate_scales, up_scales, d_gate, d_up, codes, scales, *gate.stride(),
+                        *up.stride(), *slope.stride(), *gate.shape, pow2, TILE, COLUMNS, num_warps=8)
+    return d_gate, d_up, codes, scales
+
+
+ROWS, COLUMNS = 32, 32      # rows of 1 x 128 tiles, and columns of 128 x 1 tiles, that one program takes
+
+
+def _empty_backward(gate: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_gate, d_up = (torch.empty(slope.shape, dtype=slope.dtype, device=slope.device) for _ in range(2))
+    return d_gate, d_up, *empty_tiles(gate.T)
+
+
+_swiglu_quantize.register_fake(lambda gate, up, pow2: empty_tiles(gate))
+_swiglu_quantize_backward.register_fake(lambda gate, up, slope, *_: _empty_backward(gate, slope))
