@@ -228,7 +228,7 @@ def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
     a_ring = gl.allocate_shared_memory(a.dtype, [PLAN.stages * PLAN.chunks, 64, 128], a.layout)
     as_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages * PLAN.chunks, 1, 64], a_scales.layout)
     b_ring = gl.allocate_shared_memory(b.dtype, [PLAN.stages, PLAN.columns, 128], b.layout)
-    bs_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages, 1, PLAN.columns], a_scales.layout)
+    bs_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages if PLAN.tiles else 1, 1, PLAN.columns], a_scales.layout)
     c_tiles = gl.allocate_shared_memory(out.dtype, [PLAN.consumers, 64, PLAN.columns], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], mbarrier.MBarrierLayout())
@@ -247,7 +247,7 @@ def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
 def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, accumulate: bool = False,
          **options) -> None:
     """Fills out, or adds to it."""
-    tiles = b_scales.shape[1] == len(b)
+    tiles = b_scales.shape == (triton.cdiv(a.shape[1], 128), len(b))
     _launch(a, a_scales, b, b_scales, out, a_scales, 1, Plan(tiles=tiles, accumulate=accumulate, **options))
 
 
