@@ -173,8 +173,9 @@ def route(logits: torch.Tensor, bias: torch.Tensor, *, n_group: int, topk_group:
     if logits.dim() != 2 or bias.shape != logits.shape[1:]:
         raise ValueError(f"route got logits {list(logits.shape)} and bias {list(bias.shape)}; "
                          "they must be [N, experts] and [experts]")
-    experts = logits.shape[1]
-    if experts % n_group or experts // n_group * topk_group < top_k or topk_group > n_group:
+    experts, size = logits.shape[1], logits.shape[1] // n_group
+    if (experts % n_group or topk_group > n_group or size * topk_group < top_k
+            or topk_group < n_group and size < 2):     # a group's score takes two experts
         raise ValueError(f"route cannot take the best {top_k} of {experts} experts "
                          f"from {topk_group} of {n_group} groups")
     if uses_triton(logits, bias):
