@@ -149,7 +149,6 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     WAVES: gl.constexpr = PLAN.waves
     a_ring, as_ring, b_ring, bs_ring, full, empty = ring
-    c_tile = c_tiles.index(consumer)
     old = fetched.index(consumer)
     N = out.shape[1]
     columns = gl.cdiv(N, COLUMNS)
@@ -164,12 +163,14 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
         above = start if PLAN.groups == "rows" else expert * M
         for t in range(_first(done), rows * columns, gl.num_programs(0)):
             i, j = _tile(t, rows, columns, PLAN.band)
-            m = (i * PLAN.consumers + consumer) * PLAN.waves * 64
+            m = (i * PLAN.consumers + consumer) * WAVES * 64
             n = j * COLUMNS
             if PLAN.accumulate:
                 tma.store_wait(0)
-                mbarrier.expect(old, 64 * COLUMNS * 4)
-                tma.async_copy_global_to_shared(out, [above + m, n], old, c_tile)
+                mbarrier.expect(old, WAVES * 64 * COLUMNS * 4)
+                for wave in gl.static_range(WAVES):
+                    tma.async_copy_global_to_shared(out, [above + m + 64 * wave, n], old,
+                                                    c_tiles.index(consumer * WAVES + wave))
             if not PLAN.tiles:
                 bs_row = b_scales + (expert * gl.cdiv(N, 128) + n // 128) * gl.cdiv(a.shape[1], 128)
             sum0 = gl.zeros((64, COLUMNS), gl.float32, MMA)
@@ -178,7 +179,7 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
                 stage = step % PLAN.stages
                 mbarrier.wait(full.index(stage), step // PLAN.stages & 1)
                 for wave in gl.static_range(WAVES):
-                    chunk = stage * PLAN.chunks + consumer * PLAN.waves + wave
+                    chunk = stage * PLAN.chunks + consumer * WAVES + wave
                     product = warpgroup_mma(a_ring.index(chunk), b_ring.index(stage).permute((1, 0)), product,
                                             use_acc=False, is_async=True)
                     scale = as_ring.index(chunk).reshape([64]).load(gl.SliceLayout(1, MMA))
@@ -188,20 +189,22 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
                     if PLAN.tiles:
                         scale *= bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))[None, :]
                     product = warpgroup_mma_wait(0, deps=(product,))
-                    if wave == PLAN.waves - 1:
+                    if wave == WAVES - 1:
                         mbarrier.arrive(empty.index(stage), count=1)
                     if wave == 0:
                         sum0 += product * scale
                     else:
                         sum1 += product * scale
                 step += 1
+            if PLAN.accumulate:
+                mbarrier.wait(old, count & 1)
+            else:
+                tma.store_wait(0)
             for wave in gl.static_range(WAVES):
+                c_tile = c_tiles.index(consumer * WAVES + wave)
                 total = sum0 if wave == 0 else sum1
                 if PLAN.accumulate:
-                    mbarrier.wait(old, count & 1)
                     total += c_tile.load(MMA)
-                else:
-                    tma.store_wait(0)
                 c_tile.store(total.to(out.dtype))
                 fence_async_shared()
                 if m + 64 * wave < M:
@@ -229,7 +232,7 @@ def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
     as_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages * PLAN.chunks, 1, 64], a_scales.layout)
     b_ring = gl.allocate_shared_memory(b.dtype, [PLAN.stages, PLAN.columns, 128], b.layout)
     bs_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages if PLAN.tiles else 1, 1, PLAN.columns], a_scales.layout)
-    c_tiles = gl.allocate_shared_memory(out.dtype, [PLAN.consumers, 64, PLAN.columns], out.layout)
+    c_tiles = gl.allocate_shared_memory(out.dtype, [PLAN.chunks, 64, PLAN.columns], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], mbarrier.MBarrierLayout())
     fetched = gl.allocate_shared_memory(gl.int64, [PLAN.consumers, 1], mbarrier.MBarrierLayout())
