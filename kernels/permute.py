@@ -1,11 +1,11 @@
-"""Moving tokens to their experts and back (section 2.1.2, eq. 12): the experts of a layer multiply rows sorted by expert.
+"""Moving tokens to their experts and back (section 2.1.2, eq. 12): experts multiply rows that are sorted by expert.
 
     sort_by_expert    where each choice of each token stands among the sorted rows
     permute           rows[place of (t, j)] = x[t]
     unpermute         y[t] = sum over j of weight[t, j] * rows[place of (t, j)]
 
-A choice is a token and one of its k slots, counted as token * k + slot. No token is ever dropped. Rows of one expert keep
-their tokens' order; with `align` every expert gets a multiple of so many rows, those of padding behind its own.
+A choice is a token and one of its k slots, counted as token * k + slot. No token is ever dropped. Rows of one expert
+keep their tokens' order; with `align` every expert gets a multiple of so many rows, those of padding behind its own.
 Each is the other's gradient:
 
     permute:      dx[t] = sum over j of drows[place of (t, j)]
@@ -54,6 +54,8 @@ def permute_reference(x: Tensor, permutation: Permutation) -> Tensor:
     """The definition. x [N, d] -> [R, d]; rows of padding are zeros."""
     source, chosen = permutation.sources, permutation.rows.shape[1]
     rows = x.index_select(0, source.clamp(min=0) // chosen)
+    if len(source) == permutation.rows.numel():     # no padding
+        return rows
     return torch.where(source[:, None] < 0, torch.zeros_like(rows), rows)
 
 
@@ -102,7 +104,7 @@ def _accumulate(LOAD, COUNTS, ENDS, blocks, experts, ALIGN: tl.constexpr, BINS: 
 
 @triton.jit
 def _place(EXPERTS, STARTS, ROWS, SOURCES, choices, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """A choice's row: where its block starts for its expert, and how many of the block's choices before it are the same."""
+    """A choice's row: where its block starts for its expert, plus the choices of that expert before it in the block."""
     first, place = tl.program_id(0) * BLOCK, tl.arange(0, BLOCK)
     inside = first + place < choices
     expert = tl.load(EXPERTS + first + place, mask=inside, other=0).to(tl.int32)
@@ -115,8 +117,8 @@ def _place(EXPERTS, STARTS, ROWS, SOURCES, choices, BINS: tl.constexpr, BLOCK: t
 
 @triton.jit
 def _to_rows(X, ROWS, WEIGHTS, OUT, Y, DW, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes a token, times its weights if there are any, to the rows of its choices; with weights, also the products of
-    the token with the rows Y."""
+    """Writes a token, times its weights if there are any, to the rows of its choices; with weights, also the token's
+    products with the rows Y."""
     token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
     x = tl.load(X + token * D + column, mask=inside, other=0.0)
@@ -165,8 +167,8 @@ def _gather_scales(SCALES, SOURCES, OUT, tokens, rows, K: tl.constexpr, BLOCK: t
 def sort_by_expert(experts: Tensor, load: Tensor, align: int = 1) -> Permutation:
     """`sort_by_expert_reference` as a counting sort; raises ValueError for experts that are not int64 [N, k]."""
     if experts.dim() != 2 or experts.dtype != torch.int64 or load.dim() != 1 or align < 1:
-        raise ValueError(f"sort_by_expert got experts {list(experts.shape)} in {experts.dtype}, load {list(load.shape)} "
-                         f"and align {align}; it needs [N, k] in torch.int64, [experts] and at least 1")
+        raise ValueError(f"sort_by_expert got experts {list(experts.shape)} in {experts.dtype}, load "
+                         f"{list(load.shape)} and align {align}; it needs [N, k] in torch.int64, [experts], 1 or more")
     if uses_triton(experts, load):
         return Permutation(*_sort_by_expert(experts, load, align))
     return sort_by_expert_reference(experts, load, align)
@@ -196,7 +198,8 @@ def unpermute(rows: Tensor, permutation: Permutation, weights: Tensor | None = N
     """`unpermute_reference`; raises ValueError for rows or weights that do not fit the permutation."""
     _check_rows("unpermute", rows, len(permutation.sources), "one for each row of the permutation")
     if weights is not None and weights.shape != permutation.rows.shape:
-        raise ValueError(f"unpermute got weights of shape {list(weights.shape)}; it needs {list(permutation.rows.shape)}")
+        raise ValueError(f"unpermute got weights of shape {list(weights.shape)}; "
+                         f"it needs {list(permutation.rows.shape)}")
     if uses_triton(rows, *() if weights is None else (weights,)):
         return _unpermute(rows, permutation.rows, permutation.sources, weights)
     return unpermute_reference(rows, permutation, weights)
@@ -251,7 +254,8 @@ def _unpermute(y: Tensor, rows: Tensor, sources: Tensor, weights: Tensor | None)
 
 
 @torch.library.custom_op("minidsv3::unpermute_backward", mutates_args=())
-def _unpermute_backward(slope: Tensor, y: Tensor, rows: Tensor, sources: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _unpermute_backward(slope: Tensor, y: Tensor, rows: Tensor, sources: Tensor,
+                        weights: Tensor) -> tuple[Tensor, Tensor]:
     """drows [R, d] and dweights [N, k] from dy = `slope` [N, d]."""
     return _spread(slope, rows, sources, y.contiguous(), weights.contiguous())
 
@@ -275,8 +279,8 @@ def _spread(x: Tensor, rows: Tensor, sources: Tensor, y: Tensor | None = None,
     whole = triton.next_power_of_2(width)
     if x.numel():
         block = _block(width) if weights is None else whole      # a product needs its row whole
-        _to_rows[(len(rows), triton.cdiv(width, block))](x, rows, weights, out, y, products, width, rows.shape[1], block,
-                                                         num_warps=_warps(block))
+        _to_rows[(len(rows), triton.cdiv(width, block))](x, rows, weights, out, y, products, width, rows.shape[1],
+                                                         block, num_warps=_warps(block))
     if len(sources) > rows.numel() and width:
         _clear_padding[(len(sources),)](sources, out, width, whole)
     return out, products

@@ -5,6 +5,6 @@ from .operation import Operation
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     rms_norm.OPERATION, rope.OPERATION, swiglu.OPERATION, route.OPERATION, cross_entropy.OPERATION,
-    cross_entropy.LINEAR, permute.SORT, permute.PERMUTE, permute.UNPERMUTE,
+    cross_entropy.LINEAR, permute.SORT, permute.PERMUTE, permute.PERMUTE_TILES, permute.UNPERMUTE,
     quantize.TILES, quantize.COLUMNS, quantize.BLOCKS, quantize.DEQUANTIZE,
     swiglu_quantize.OPERATION, swiglu_quantize.BACKWARD)}

@@ -11,8 +11,8 @@ chosen s, f the factor and p = s / S:
 
     d logits = f / S (dw - sum of p dw) s (1 - s)    for the chosen, 0 elsewhere
 
-The kernel compares the same FP32 sums as the definition, all 32 bits of them. Their sigmoids may differ in the last bit,
-though, so two experts that close may change places between kernel and definition; equal logits with equal biases never do.
+The kernel compares the same FP32 sums as the definition, all 32 bits of them. Their sigmoids may differ in the last
+bit, though, so two experts that close may change places between kernel and definition; equal ones never do.
 """
 
 from typing import NamedTuple
@@ -68,7 +68,7 @@ def _best(values: torch.Tensor, k: int) -> torch.Tensor:
 
 @triton.jit
 def _order(x):
-    """FP32 as integers of the same order: -0 equals 0, and NaN comes last. Integers are what a warp compares at once."""
+    """FP32 as integers of the same order: -0 equals 0, and NaN comes last. A warp compares integers at once."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.where(x < 0, -magnitude, magnitude)
 
@@ -198,9 +198,9 @@ def _route(logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: i
     if tokens:
         block, warps = 16, 4
         grid = min(triton.cdiv(tokens, block), 8 * processors(device))
-        _forward[(grid,)](logits, bias, chosen, weights, load, tokens, scaling_factor, experts, n_group, topk_group, top_k,
-                          normalise, block, **{name: triton.next_power_of_2(size) for name, size in sizes.items()},
-                          num_warps=warps)
+        _forward[(grid,)](logits, bias, chosen, weights, load, tokens, scaling_factor, experts, n_group, topk_group,
+                          top_k, normalise, block, num_warps=warps,
+                          **{name: triton.next_power_of_2(size) for name, size in sizes.items()})
     return chosen, weights, load
 
 
@@ -232,5 +232,5 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(logits, output[0])
 
 
-_route.register_autograd(
-    lambda ctx, _, slope, __: (_route_backward(*ctx.saved_tensors, slope, *ctx.options), *[None] * 6), setup_context=_keep)
+_route.register_autograd(lambda ctx, _, slope, __: (_route_backward(*ctx.saved_tensors, slope, *ctx.options),
+                                                    *[None] * 6), setup_context=_keep)
