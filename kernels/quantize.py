@@ -69,25 +69,32 @@ def load_tile(X, x_row, x_column, row, column, rows, width):
 
 
 @triton.jit
+def divided(x, y, inverse):
+    """x / y as IEEE division rounds it, from an approximate 1 / y: two steps of Markstein's correction. A GPU's own exact
+    division computes the inverse anew for every x, and its `/` is not exact."""
+    quotient = x * inverse
+    quotient = tl.fma(tl.fma(quotient, -y, x), inverse, quotient)
+    return tl.fma(tl.fma(quotient, -y, x), inverse, quotient)
+
+
+@triton.jit
 def tile_scale(x, AXIS: tl.constexpr, POW2: tl.constexpr):
     """The scales of tiles that lie along AXIS. The maximum is taken of the bits: as integers they order like the
     magnitudes, and inf and NaN, the largest of all, are not lost."""
-    amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
-    scale = tl.div_rn(tl.maximum(amax.to(tl.float32, bitcast=True), 1e-4), 448.0)
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
+    finite = bits < 0x7F800000
+    amax = tl.where(finite, bits.to(tl.float32, bitcast=True), 0.0)
+    scale = divided(tl.maximum(amax, 1e-4), 448.0, 1 / 448)
     if POW2:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(amax < 0x7F800000, scale, float("nan"))
+    return tl.where(finite, scale, float("nan"))
 
 
 @triton.jit
 def encode(x, scale):
-    """E4M3 codes of x / scale, rounded as IEEE division rounds it: two steps of Markstein's correction of x * (1 / scale)
-    cost four instructions a value, the division itself some twenty."""
-    inverse, minus = tl.div_rn(1.0, scale), -scale
-    quotient = x * inverse
-    quotient = tl.fma(tl.fma(quotient, minus, x), inverse, quotient)
-    quotient = tl.fma(tl.fma(quotient, minus, x), inverse, quotient)
-    return quotient.to(tl.float8e4nv)
+    """The codes of x, rounded to nearest even."""
+    inverse = divided(1.0, scale, 1 / scale)
+    return divided(x, scale, inverse).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -105,18 +112,28 @@ def _tiles(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.c
 @triton.jit
 def _columns(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """Each program: one tile of each of COLUMNS columns. Reads along rows and writes along columns."""
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(0).to(tl.int64) * TILE + interleaved(TILE)
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     x = load_tile(X, x_row, x_column, row, column, rows, width)
     scale = tile_scale(x, 0, POW2)
-    store_columns(Q, S, encode(x, scale[None, :]), scale, row, column, rows, width)
+    store_columns(Q, S, encode(x, scale[None, :]), scale, column, rows, width, TILE, COLUMNS)
 
 
 @triton.jit
-def store_columns(Q, S, codes, scale, row, column, rows, width):
-    """`codes` [row, column] into the transposed Q [width, rows], and the scales of this tile of rows."""
+def interleaved(TILE: tl.constexpr):
+    """0, 4, 8, .. 1, 5, 9, ..: rows in the order in which a thread, which takes every 32nd of them, holds four neighbours.
+    Their codes are then one word of the transpose, and not four single bytes."""
+    at = tl.arange(0, TILE)
+    return at % 32 * 4 + at // 32
+
+
+@triton.jit
+def store_columns(Q, S, codes, scale, column, rows, width, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """`codes` [interleaved row, column] into the transposed Q [width, rows], and the scales of this tile of rows."""
+    codes = tl.reshape(codes, (4, 32, COLUMNS)).permute(2, 1, 0).reshape(COLUMNS, TILE)
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (column < width)[:, None] & (row < rows)[None, :]
-    tl.store(Q + column[:, None] * rows + row[None, :], codes.T, mask=inside)
+    tl.store(Q + column[:, None] * rows + row[None, :], codes, mask=inside)
     tl.store(S + tl.program_id(0) * width + column, scale, mask=column < width)
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import tl, triton, uses_triton
-from .quantize import (FP8, TILE, empty_tiles, encode, load_tile, quantize_columns_reference, quantize_tiles_reference,
-                       store_columns, tile_scale)
+from .quantize import (FP8, TILE, empty_tiles, encode, interleaved, load_tile, quantize_columns_reference,
+                       quantize_tiles_reference, store_columns, tile_scale)
 from .swiglu import slopes
 
 
@@ -68,7 +68,7 @@ def _decode(X, S, x_row, x_column, row, column, tile, rows, width):
 def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width,
               POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """Each program: one tile of each of COLUMNS columns; these never span two tiles of the inputs' scales."""
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(0).to(tl.int64) * TILE + interleaved(TILE)
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     tile = tl.program_id(1) * COLUMNS // TILE
     gate = _decode(G, GS, g_row, g_column, row, column, tile, rows, width)
@@ -79,7 +79,7 @@ def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, 
     tl.store(DU + at, d_up.to(DU.dtype.element_ty), mask=inside)
     product = gate * tl.sigmoid(gate) * up
     scale = tile_scale(product, 0, POW2)
-    store_columns(Q, S, encode(product, scale[None, :]), scale, row, column, rows, width)
+    store_columns(Q, S, encode(product, scale[None, :]), scale, column, rows, width, TILE, COLUMNS)
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
