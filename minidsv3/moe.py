@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .kernels import Routing, contract, linear, route, swiglu
+from .kernels import Routing, contract, linear, permute, route, sort_by_expert, swiglu, unpermute
 from .layers import Linear
 
 
@@ -97,16 +97,12 @@ class Experts(nn.Module):
         return contract("nkw,nkdw->nkd", weighted, down.to(x.dtype)).sum(1)
 
     def grouped(self, x: Tensor, routing: Routing) -> Tensor:
-        """The same with one grouped matmul: rows sorted by expert, `ends` says where each expert's rows end."""
-        chosen = routing.experts.shape[1]
-        order = routing.experts.flatten().argsort(stable=True)
-        ends = routing.load.cumsum(0).to(torch.int32)
-        rows = x.index_select(0, order // chosen)
-        gate, up = F.grouped_mm(rows, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, -1)
-        # down_proj is linear: weighing before it is cheaper
-        weight = routing.weights.flatten().index_select(0, order).to(x.dtype)
-        y = F.grouped_mm(swiglu(gate, up) * weight[:, None], self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
-        return y.index_select(0, order.argsort()).unflatten(0, (-1, chosen)).sum(1)
+        """The same with one grouped matmul over rows sorted by expert."""
+        order = sort_by_expert(routing.experts, routing.load)
+        rows = permute(x, order)
+        gate, up = F.grouped_mm(rows, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=order.ends).chunk(2, -1)
+        y = F.grouped_mm(swiglu(gate, up), self.down_proj.to(x.dtype).transpose(1, 2), offs=order.ends)
+        return unpermute(y, order, routing.weights)
 
 
 def has_grouped_mm(x: Tensor) -> bool:

@@ -9,7 +9,8 @@ from test_operations import DEVICE, OperatorCalls
 from tiny import tiny_model, tiny_tokens
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-EXPECTED = {"rms_norm", "rms_norm_backward"}
+EXPECTED = {"rms_norm", "rms_norm_backward", "route", "route_backward", "sort_by_expert", "permute", "unpermute",
+            "unpermute_backward", "swiglu", "swiglu_backward"}
 
 
 def logits_loss_and_gradients(kernels: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], set[str]]:
