@@ -6,7 +6,6 @@ import torch
 from compare import assert_alike
 from minidsv3.kernels import (dequantize_blocks, quantize_blocks, quantize_blocks_reference, quantize_columns,
                               quantize_columns_reference, quantize_tiles, quantize_tiles_reference, use_kernels)
-import minidsv3.kernels.quantize as module
 from minidsv3.kernels.backend import INTERPRETED
 from mutated import mutated
 
@@ -155,7 +154,7 @@ def test_codes_next_to_the_middles_are_those_of_an_exact_division(pow2):
     ("x.to(tl.int32, bitcast=True) & 0x7FFFFFFF", "x.to(tl.int32, bitcast=True)"),
 ])
 def test_these_tests_see_a_wrong_kernel(right, wrong, tmp_path):
-    mutant = mutated(module, right, wrong, tmp_path)
+    mutant = mutated("quantize", right, wrong, tmp_path)
     x = torch.cat([close_to_the_middles(256), torch.tensor([[9e-5], [-3.0], [float("nan")]]) * torch.eye(1, 128)])
     with use_kernels("triton"), pytest.raises(AssertionError):
         for pow2 in (False, True):
