@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .kernels import contract, rope
+from .kernels import contract, mla_attention, rope, uses_triton
 from .layers import Linear, RMSNorm
 from .rope import rope_table, softmax_scale
 
@@ -156,12 +156,21 @@ class MLA(nn.Module):
         """Attention with a key and a value a head, from cached [B, S, 576]; returns [B, T, heads, v_head_dim]."""
         c, (latent, k_rope) = self.config, cached.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))
+        if visible is None and uses_triton(query, kv):
+            return self.packed(query, kv, k_rope)
         k_nope, value = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         key = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)), -1)
         value = pad_for_flash(value, key)
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
                                              attn_mask=visible, is_causal=visible is None, scale=self.scale)
         return out.transpose(1, 2)[..., :c.v_head_dim]
+
+    def packed(self, query: Tensor, key_value: Tensor, rope_key: Tensor) -> Tensor:
+        """Causal attention through the kernel, which takes the batch's rows one behind the other."""
+        batch, length = query.shape[:2]
+        offsets = torch.arange(0, batch * length + 1, length, device=query.device)
+        packed = (x.flatten(0, 1) for x in (query, key_value, rope_key))
+        return mla_attention(*packed, offsets, length, self.scale).unflatten(0, (batch, length))
 
     def absorbed(self, query: Tensor, cached: Tensor, visible: Tensor | None) -> Tensor:
         """The same numbers without any key or value a head: all heads read the cache itself."""

@@ -10,7 +10,8 @@ from tiny import tiny_model, tiny_tokens
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 EXPECTED = {"rms_norm", "rms_norm_backward", "route", "route_backward", "sort_by_expert", "permute", "unpermute",
-            "unpermute_backward", "swiglu", "swiglu_backward"}
+            "unpermute_backward", "swiglu", "swiglu_backward",
+            "mla_attention", "mla_attention_backward"}
 
 
 def logits_loss_and_gradients(kernels: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], set[str]]:
