@@ -53,7 +53,7 @@ def _quantize(x: Tensor, rows: int, columns: int, pow2: bool) -> tuple[Tensor, T
     tiles = F.pad(x.float(), (0, -width % columns, 0, -height % rows))
     tiles = tiles.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))       # [..., tile, rows, tile, columns]
     amax = tiles.abs().amax((-3, -1))
-    scales = amax.clamp(min=1e-4) / 448
+    scales = amax.clamp(min=1e-4) / torch.full_like(amax, 448)   # CUDA would multiply by the inverse of a number
     if pow2:   # adding all ones below the exponent carries into it, unless the scale is a power of two already
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     scales = scales.where(amax.isfinite(), float("nan"))
