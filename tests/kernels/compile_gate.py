@@ -105,7 +105,8 @@ def type_name(value) -> str:
 
 
 def resources(kernel: JITFunction, arguments: tuple, options: dict) -> dict:
-    """Registers a thread, bytes of stack and shared memory, and how often each of `INSTRUCTIONS` occurs."""
+    """Registers a thread, bytes of stack and shared memory, whether matrices are multiplied, here or in a function that
+    is called, and how often each of `INSTRUCTIONS` occurs."""
     source, options = source_of(kernel, arguments, options)
     binary = triton.compile(source, target=HOPPER, options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -116,7 +117,9 @@ def resources(kernel: JITFunction, arguments: tuple, options: dict) -> dict:
         code, usage = dump("--dump-sass"), dump("--dump-resource-usage")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {"registers": int(registers), "stack": int(stack), "shared": binary.metadata.shared,
-            "warps": binary.metadata.num_warps, **{name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}}
+            "warps": binary.metadata.num_warps,
+            "multiplies": bool(re.search(r"\btt\.dot\b|warp_group_dot", binary.asm["ttgir"])),
+            **{name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}}
 
 
 def report(names: list[str]) -> Iterator[dict]:
@@ -130,7 +133,6 @@ def report(names: list[str]) -> Iterator[dict]:
                 if key not in done:
                     done.add(key)
                     yield {"operation": name, "shape": shape, "kernel": kernel.fn.__name__,
-                           "multiplies": bool(re.search(r"tl\.dot|warpgroup_mma\(", kernel.src)),
                            **resources(kernel, arguments, options)}
 
 
