@@ -177,17 +177,19 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
             sum1 = gl.zeros((64, COLUMNS), gl.float32, MMA)
             for k in range(first, last):
                 stage = step % PLAN.stages
+                if not PLAN.tiles:
+                    b_scale = gl.load(bs_row + k)
                 mbarrier.wait(full.index(stage), step // PLAN.stages & 1)
                 for wave in gl.static_range(WAVES):
                     chunk = stage * PLAN.chunks + consumer * WAVES + wave
                     product = warpgroup_mma(a_ring.index(chunk), b_ring.index(stage).permute((1, 0)), product,
                                             use_acc=False, is_async=True)
                     scale = as_ring.index(chunk).reshape([64]).load(gl.SliceLayout(1, MMA))
-                    if not PLAN.tiles:
-                        scale *= gl.load(bs_row + k)
-                    scale = scale[:, None]
                     if PLAN.tiles:
-                        scale *= bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))[None, :]
+                        b_scale = bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))
+                        scale = scale[:, None] * b_scale[None, :]
+                    else:
+                        scale = (scale * b_scale)[:, None]
                     product = warpgroup_mma_wait(0, deps=(product,))
                     if wave == WAVES - 1:
                         mbarrier.arrive(empty.index(stage), count=1)
