@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import FLOATS, tl, triton, uses_triton
+from .tiles import load_tile, span, store_tile
 
 TILE = 128              # values that share a scale along the axis of a product's sum (the report's N_C)
 FP8 = torch.float8_e4m3fn
@@ -62,13 +63,6 @@ def _quantize(x: Tensor, rows: int, columns: int, pow2: bool) -> tuple[Tensor, T
 
 
 @triton.jit
-def load_tile(X, x_row, x_column, row, column, rows, width):
-    """Rows and columns `row` x `column` of X in FP32, with zeros outside of [rows, width]."""
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    return tl.load(X + row[:, None] * x_row + column[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def divided(x, y, inverse):
     """x / y as IEEE division rounds it, from an approximate 1 / y: two steps of Markstein's correction. A GPU's own exact
     division computes the inverse anew for every x, and its `/` is not exact."""
@@ -100,53 +94,51 @@ def encode(x, scale):
 @triton.jit
 def _tiles(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
     """Each program: one tile of each of ROWS rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row, column = span(0, ROWS), span(1, TILE)
     x = load_tile(X, x_row, x_column, row, column, rows, width)
+    store_tiles(Q, S, x, row, column, rows, width, POW2)
+
+
+@triton.jit
+def store_tiles(Q, S, x, row, column, rows, width, POW2: tl.constexpr):
+    """Codes and scales of x [row, column], whose columns are one tile."""
     scale = tile_scale(x, 1, POW2)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    tl.store(Q + row[:, None] * width + column[None, :], encode(x, scale[:, None]), mask=inside)
+    store_tile(Q, encode(x, scale[:, None]), row, column, rows, width)
     tl.store(S + tl.program_id(1) * rows + row, scale, mask=row < rows)
 
 
 @triton.jit
 def _columns(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """Each program: one tile of each of COLUMNS columns. Reads along rows and writes along columns."""
-    row = tl.program_id(0).to(tl.int64) * TILE + interleaved(TILE)
-    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    x = load_tile(X, x_row, x_column, row, column, rows, width)
-    scale = tile_scale(x, 0, POW2)
-    store_columns(Q, S, encode(x, scale[None, :]), scale, column, rows, width, TILE, COLUMNS)
+    column = span(1, COLUMNS)
+    x = load_tile(X, x_row, x_column, interleaved(TILE), column, rows, width)
+    store_columns(Q, S, x, column, rows, width, POW2, TILE, COLUMNS)
 
 
 @triton.jit
 def interleaved(TILE: tl.constexpr):
-    """0, 4, 8, .. 1, 5, 9, ..: rows in the order in which a thread, which takes every 32nd of them, holds four neighbours.
-    Their codes are then one word of the transpose, and not four single bytes."""
+    """A tile's rows 0, 4, 8, .. 1, 5, 9, ..: a thread, which takes every 32nd of these, so holds four neighbours, and their
+    codes are one word of the transpose instead of four single bytes."""
     at = tl.arange(0, TILE)
-    return at % 32 * 4 + at // 32
+    return tl.program_id(0).to(tl.int64) * TILE + at % 32 * 4 + at // 32
 
 
 @triton.jit
-def store_columns(Q, S, codes, scale, column, rows, width, TILE: tl.constexpr, COLUMNS: tl.constexpr):
-    """`codes` [interleaved row, column] into the transposed Q [width, rows], and the scales of this tile of rows."""
-    codes = tl.reshape(codes, (4, 32, COLUMNS)).permute(2, 1, 0).reshape(COLUMNS, TILE)
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = (column < width)[:, None] & (row < rows)[None, :]
-    tl.store(Q + column[:, None] * rows + row[None, :], codes, mask=inside)
+def store_columns(Q, S, x, column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes and scales of x [interleaved, column] into the transposed Q [width, rows] and S [tiles, width]."""
+    scale = tile_scale(x, 0, POW2)
+    codes = encode(x, scale[None, :]).reshape(4, 32, COLUMNS).permute(2, 1, 0).reshape(COLUMNS, TILE)
+    store_tile(Q, codes, column, span(0, TILE), width, rows)
     tl.store(S + tl.program_id(0) * width + column, scale, mask=column < width)
 
 
 @triton.jit
 def _blocks(X, Q, S, x_matrix, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr):
     """Each program: one block of one matrix."""
-    matrix = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    matrix, row, column = tl.program_id(2).to(tl.int64), span(0, TILE), span(1, TILE)
     x = load_tile(X + matrix * x_matrix, x_row, x_column, row, column, rows, width)
-    scale = tile_scale(tl.reshape(x, (TILE * TILE,)), 0, POW2)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    tl.store(Q + (matrix * rows + row[:, None]) * width + column[None, :], encode(x, scale), mask=inside)
+    scale = tile_scale(x.reshape(TILE * TILE), 0, POW2)
+    store_tile(Q + matrix * rows * width, encode(x, scale), row, column, rows, width)
     block = (matrix * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     tl.store(S + block, scale)
 
@@ -154,15 +146,11 @@ def _blocks(X, Q, S, x_matrix, x_row, x_column, rows, width, POW2: tl.constexpr,
 @triton.jit
 def _dequantize(Q, S, Y, rows, width, TILE: tl.constexpr, ROWS: tl.constexpr):
     """Each program: ROWS rows of one block, which all share its scale."""
-    matrix = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    matrix, row, column = tl.program_id(2).to(tl.int64), span(0, ROWS), span(1, TILE)
     block_row = matrix * tl.cdiv(rows, TILE) + tl.program_id(0) * ROWS // TILE
     scale = tl.load(S + block_row * tl.num_programs(1) + tl.program_id(1))
     codes = load_tile(Q + matrix * rows * width, width, 1, row, column, rows, width)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    y = (codes * scale).to(Y.dtype.element_ty)
-    tl.store(Y + (matrix * rows + row[:, None]) * width + column[None, :], y, mask=inside)
+    store_tile(Y + matrix * rows * width, codes * scale, row, column, rows, width)
 
 
 def quantize_tiles(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
@@ -236,7 +224,7 @@ def _quantize_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
 def _quantize_blocks(weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     codes, scales = _empty_blocks(weight)
     if weight.numel():
-        matrices = weight.view(-1, *weight.shape[-2:]) if weight.dim() == 2 else weight
+        matrices = weight if weight.dim() == 3 else weight[None]
         grid = (*scales.shape[-2:], len(matrices))
         _blocks[grid](matrices, codes, scales, *matrices.stride(), *weight.shape[-2:], pow2, TILE, num_warps=8)
     return codes, scales

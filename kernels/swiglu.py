@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import tl, triton, uses_triton
+from .tiles import load_tile, span, store_tile
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -18,40 +19,31 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
-def slopes(gate, up, slope):
-    """d_gate and d_up in FP32."""
+def _forward(G, U, Y, g_row, g_column, u_row, u_column, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = span(0, ROWS), span(1, COLUMNS)
+    gate = load_tile(G, g_row, g_column, row, column, rows, width)
+    up = load_tile(U, u_row, u_column, row, column, rows, width)
+    store_tile(Y, gate * tl.sigmoid(gate) * up, row, column, rows, width)
+
+
+@triton.jit
+def silu_and_slopes(gate, up, slope):
+    """silu(gate), d_gate and d_up."""
     s = tl.sigmoid(gate)
     silu = gate * s
-    return slope * up * (s + silu * (1 - s)), slope * silu
-
-
-@triton.jit
-def load_rows(X, x_row, x_column, row, column, inside):
-    """Values of X in FP32: gate and up are often halves of one tensor, whose rows lie apart."""
-    return tl.load(X + row * x_row + column * x_column, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _forward(G, U, Y, g_row, g_column, u_row, u_column, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < rows) & (column < width)
-    gate = load_rows(G, g_row, g_column, row, column, inside)
-    y = gate * tl.sigmoid(gate) * load_rows(U, u_row, u_column, row, column, inside)
-    tl.store(Y + row * width + column, y.to(Y.dtype.element_ty), mask=inside)
+    return silu, slope * up * (s + silu * (1 - s)), slope * silu
 
 
 @triton.jit
 def _backward(G, U, DY, DG, DU, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width,
               ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < rows) & (column < width)
-    d_gate, d_up = slopes(load_rows(G, g_row, g_column, row, column, inside),
-                          load_rows(U, u_row, u_column, row, column, inside),
-                          load_rows(DY, dy_row, dy_column, row, column, inside))
-    tl.store(DG + row * width + column, d_gate.to(DG.dtype.element_ty), mask=inside)
-    tl.store(DU + row * width + column, d_up.to(DU.dtype.element_ty), mask=inside)
+    row, column = span(0, ROWS), span(1, COLUMNS)
+    gate = load_tile(G, g_row, g_column, row, column, rows, width)
+    up = load_tile(U, u_row, u_column, row, column, rows, width)
+    slope = load_tile(DY, dy_row, dy_column, row, column, rows, width)
+    _, d_gate, d_up = silu_and_slopes(gate, up, slope)
+    store_tile(DG, d_gate, row, column, rows, width)
+    store_tile(DU, d_up, row, column, rows, width)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

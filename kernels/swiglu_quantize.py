@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import tl, triton, uses_triton
-from .quantize import (FP8, TILE, empty_tiles, encode, interleaved, load_tile, quantize_columns_reference,
-                       quantize_tiles_reference, store_columns, tile_scale)
-from .swiglu import slopes
+from .quantize import (FP8, TILE, empty_tiles, interleaved, quantize_columns_reference, quantize_tiles_reference,
+                       store_columns, store_tiles)
+from .swiglu import silu_and_slopes
+from .tiles import load_tile, span, store_tile
 
 
 def swiglu_quantize_reference(gate: Tensor, up: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
@@ -45,14 +46,10 @@ def _decoded(x: Tensor, scales: Tensor | None) -> Tensor:
 def _forward(G, U, Q, S, g_row, g_column, u_row, u_column, rows, width,
              POW2: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
     """Each program: one tile of each of ROWS rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row, column = span(0, ROWS), span(1, TILE)
     gate = load_tile(G, g_row, g_column, row, column, rows, width)
-    product = gate * tl.sigmoid(gate) * load_tile(U, u_row, u_column, row, column, rows, width)
-    scale = tile_scale(product, 1, POW2)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    tl.store(Q + row[:, None] * width + column[None, :], encode(product, scale[:, None]), mask=inside)
-    tl.store(S + tl.program_id(1) * rows + row, scale, mask=row < rows)
+    up = load_tile(U, u_row, u_column, row, column, rows, width)
+    store_tiles(Q, S, gate * tl.sigmoid(gate) * up, row, column, rows, width, POW2)
 
 
 @triton.jit
@@ -68,18 +65,14 @@ def _decode(X, S, x_row, x_column, row, column, tile, rows, width):
 def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width,
               POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """Each program: one tile of each of COLUMNS columns; these never span two tiles of the inputs' scales."""
-    row = tl.program_id(0).to(tl.int64) * TILE + interleaved(TILE)
-    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    tile = tl.program_id(1) * COLUMNS // TILE
+    row, column, tile = interleaved(TILE), span(1, COLUMNS), tl.program_id(1) * COLUMNS // TILE
     gate = _decode(G, GS, g_row, g_column, row, column, tile, rows, width)
     up = _decode(U, US, u_row, u_column, row, column, tile, rows, width)
-    d_gate, d_up = slopes(gate, up, load_tile(DY, dy_row, dy_column, row, column, rows, width))
-    at, inside = row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
-    tl.store(DG + at, d_gate.to(DG.dtype.element_ty), mask=inside)
-    tl.store(DU + at, d_up.to(DU.dtype.element_ty), mask=inside)
-    product = gate * tl.sigmoid(gate) * up
-    scale = tile_scale(product, 0, POW2)
-    store_columns(Q, S, encode(product, scale[None, :]), scale, column, rows, width, TILE, COLUMNS)
+    slope = load_tile(DY, dy_row, dy_column, row, column, rows, width)
+    silu, d_gate, d_up = silu_and_slopes(gate, up, slope)
+    store_tile(DG, d_gate, row, column, rows, width)
+    store_tile(DU, d_up, row, column, rows, width)
+    store_columns(Q, S, silu * up, column, rows, width, POW2, TILE, COLUMNS)
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
