@@ -67,6 +67,12 @@ def _best(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 @triton.jit
+def _sigmoid(x):
+    """With the exponential that the hardware has."""
+    return 1 / (1 + tl.exp2(-1.4426950408889634 * x.to(tl.float32)))
+
+
+@triton.jit
 def _order(x):
     """FP32 as integers of the same order: -0 equals 0, and NaN comes last. A warp compares integers at once."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -82,7 +88,7 @@ def _value(order):
 @triton.jit
 def _choice(L, BIAS, row, expert, inside):
     """The order of s + b of the experts of each row; `_LOWEST` outside."""
-    s = tl.sigmoid(tl.load(L + row + expert, mask=inside, other=0.0).to(tl.float32))
+    s = _sigmoid(tl.load(L + row + expert, mask=inside, other=0.0))
     return tl.where(inside, _order(s + tl.load(BIAS + expert, mask=inside, other=0.0).to(tl.float32)), _LOWEST)
 
 
@@ -135,7 +141,7 @@ def _forward(L, BIAS, EXPERTS, WEIGHTS, LOAD, tokens, factor, E: tl.constexpr, G
             choice = tl.where(expert == index, _LOWEST, choice)
             best = tl.where(slot == k, index, best)
         chosen = there[:, None] & (slot < TOP_K)
-        s = tl.sigmoid(tl.load(logits + token[:, None] * E + best, mask=chosen, other=0.0).to(tl.float32))
+        s = _sigmoid(tl.load(logits + token[:, None] * E + best, mask=chosen, other=0.0))
         weight = tl.where(chosen, s, 0.0)
         if NORMALISE:
             weight = weight / tl.where(there, tl.sum(weight, 1), 1.0)[:, None]
@@ -158,7 +164,7 @@ def _backward(L, EXPERTS, SLOPE, DL, tokens, factor, E: tl.constexpr, TOP_K: tl.
     chosen = there & (slot < TOP_K)
     best = tl.load(EXPERTS + token * TOP_K + slot, mask=chosen, other=0).to(tl.int32)
     slope = tl.load(SLOPE + token * TOP_K + slot, mask=chosen, other=0.0)
-    s = tl.where(chosen, tl.sigmoid(tl.load(L + token * E + best, mask=chosen, other=0.0).to(tl.float32)), 0.0)
+    s = tl.where(chosen, _sigmoid(tl.load(L + token * E + best, mask=chosen, other=0.0)), 0.0)
     if NORMALISE:
         total = tl.where(there, tl.sum(s, 1)[:, None], 1.0)
         slope = (slope - tl.sum(slope * s, 1)[:, None] / total) / total
