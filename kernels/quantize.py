@@ -59,13 +59,13 @@ def _quantize(x: Tensor, rows: int, columns: int, pow2: bool) -> tuple[Tensor, T
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     scales = scales.where(amax.isfinite(), float("nan"))
     codes = (tiles / scales[..., :, None, :, None]).flatten(-2).flatten(-3, -2)[..., :height, :width]
-    return codes.to(FP8).contiguous(), scales
+    return codes.to(FP8, memory_format=torch.contiguous_format), scales
 
 
 @triton.jit
 def divided(x, y, inverse):
-    """x / y as IEEE division rounds it, from an approximate 1 / y: two steps of Markstein's correction. A GPU's own exact
-    division computes the inverse anew for every x, and its `/` is not exact."""
+    """x / y as IEEE division rounds it, from an approximate 1 / y: two steps of Markstein's correction. A GPU's own
+    exact division computes the inverse anew for every x, and its `/` is not exact."""
     quotient = x * inverse
     quotient = tl.fma(tl.fma(quotient, -y, x), inverse, quotient)
     return tl.fma(tl.fma(quotient, -y, x), inverse, quotient)
@@ -117,8 +117,8 @@ def _columns(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl
 
 @triton.jit
 def interleaved(TILE: tl.constexpr):
-    """A tile's rows 0, 4, 8, .. 1, 5, 9, ..: a thread, which takes every 32nd of these, so holds four neighbours, and their
-    codes are one word of the transpose instead of four single bytes."""
+    """A tile's rows 0, 4, 8, .. 1, 5, 9, ..: a thread, which takes every 32nd of these, so holds four neighbours, and
+    their codes are one word of the transpose instead of four single bytes."""
     at = tl.arange(0, TILE)
     return tl.program_id(0).to(tl.int64) * TILE + at % 32 * 4 + at // 32
 

@@ -47,7 +47,9 @@ def _backward(G, U, DY, DG, DU, g_row, g_column, u_row, u_column, dy_row, dy_col
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`swiglu_reference`; the kernel rounds once, at the end. Raises ValueError if gate and up differ in shape or dtype.
+    """`swiglu_reference`; the kernel rounds once, at the end.
+
+    Raises ValueError if gate and up differ in shape or dtype.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu got gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype}; "

@@ -96,8 +96,8 @@ def test_powers_of_two_are_rounded_up_exactly(kernels, exponent):
 
 
 def test_with_powers_of_two_tiles_are_quantised_again_without_loss(kernels):
-    """What the report asks of scales that move from 1 x 128 to 128 x 1: codes times scale are exact, so that values which
-    the new tile can hold at all keep all their bits."""
+    """What the report asks of scales that move from 1 x 128 to 128 x 1: values that the new tile can hold keep all
+    their bits."""
     codes, scales = quantize_tiles(torch.rand(128, 128) + 0.5, pow2=True)
     x = codes.float() * scales.T
     again, rescaled = quantize_columns(x, pow2=True)
@@ -149,7 +149,7 @@ def test_codes_next_to_the_middles_are_those_of_an_exact_division(pow2):
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 @pytest.mark.parametrize("right, wrong", [
     ("divided(x, scale, inverse)", "(x * inverse)"),                        # a product with the inverse, as some do
-    ("1e-4), 448.0", "1e-5), 448.0"), ("scale.to(tl.int32, bitcast=True) + 0x7FFFFF", "scale.to(tl.int32, bitcast=True)"),
+    ("1e-4), 448.0", "1e-5), 448.0"), ("bitcast=True) + 0x7FFFFF", "bitcast=True)"),
     ("448.0, 1 / 448", "240.0, 1 / 240"), ("tl.where(finite, scale", "tl.where(True, scale"),
     ("x.to(tl.int32, bitcast=True) & 0x7FFFFFFF", "x.to(tl.int32, bitcast=True)"),
 ])

@@ -62,19 +62,19 @@ def test_the_kernel_rounds_once():
 
 @pytest.mark.parametrize("pow2", [False, True])
 def test_codes_and_scales_are_those_of_the_product(kernels, pow2):
-    gate, up = OPERATION.cases["130 x 256"](torch.float32)
+    gate, up = OPERATION.cases["halves"](torch.float32)
     product = torch.nn.functional.silu(gate) * up
     codes, scales = swiglu_quantize(gate, up, pow2)
     expected_codes, expected_scales = quantize_tiles(product, pow2)
     assert_alike([scales], [expected_scales], 1e-6)
-    assert ((decoded(codes, scales) - product).abs() <= torch.maximum(
-        product.abs() / 16, scales.T.repeat_interleave(128, 1) / 1024) * (1 + 1e-5)).all()
+    step = scales.T.repeat_interleave(128, 1)[:, :product.shape[1]] / 1024
+    assert ((decoded(codes, scales) - product).abs() <= torch.maximum(product.abs() / 16, step) * (1 + 1e-5)).all()
     if not pow2:        # the cases keep away from the middles of exact scales
         assert_alike([codes], [expected_codes], 0)
 
 
 def test_the_product_is_not_rounded_to_bfloat16_on_the_way(kernels):
-    gate, up = OPERATION.cases["130 x 256"](torch.bfloat16)
+    gate, up = OPERATION.cases["halves"](torch.bfloat16)
     codes, scales = swiglu_quantize(gate, up)
     rounded, _ = quantize_tiles(swiglu_reference(gate, up))
     assert_alike([codes], [swiglu_quantize(gate.float(), up.float())[0]], 0)
@@ -84,13 +84,13 @@ def test_the_product_is_not_rounded_to_bfloat16_on_the_way(kernels):
 # ---- backward -----------------------------------------------------------------------------------------------------
 
 def test_backward_is_the_gradient_and_the_product_along_tokens(kernels):
-    gate, up = (x.requires_grad_() for x in OPERATION.cases["130 x 256"](torch.float32))
+    gate, up = (x.requires_grad_() for x in OPERATION.cases["halves"](torch.float32))
     slope = torch.randn_like(gate)
     exact = swiglu_reference(gate.double(), up.double())
     gradients = torch.autograd.grad(exact, (gate, up), slope.double())
     d_gate, d_up, codes, scales = swiglu_quantize_backward(gate, up, slope)
     assert_alike([d_gate, d_up], list(gradients), 1e-6)
-    assert codes.shape == (256, 130) and scales.shape == (2, 256)
+    assert codes.shape == (136, 70) and scales.shape == (1, 136)
     assert_alike([codes, scales], list(quantize_columns(exact.detach().float())), 1e-6)
 
 
@@ -103,11 +103,11 @@ def test_from_fp8_it_is_the_gradient_at_the_decoded_values(kernels):
 
 @interpreted
 @pytest.mark.parametrize("operation, case, right, wrong", [
-    (OPERATION, "130 x 256", "gate * tl.sigmoid(gate) * up", "gate * up"),
-    (BACKWARD, "130 x 256", "silu * up, column", "silu.to(tl.bfloat16) * up, column"),
+    (OPERATION, "halves", "gate * tl.sigmoid(gate) * up", "gate * up"),
+    (BACKWARD, "halves", "silu * up, column", "silu.to(tl.bfloat16) * up, column"),
     (BACKWARD, "codes", "tl.program_id(1) * COLUMNS // TILE", "0"),
     (BACKWARD, "codes", "_decode(U, US", "_decode(U, GS"),
-    (BACKWARD, "130 x 256", "row, column, tile = interleaved(TILE)", "row, column, tile = span(0, TILE)"),
+    (BACKWARD, "halves", "row, column, tile = interleaved(TILE)", "row, column, tile = span(0, TILE)"),
 ], ids=range(5))
 def test_the_comparison_sees_a_wrong_kernel(operation, case, right, wrong, tmp_path):
     mutant = getattr(mutated("swiglu_quantize", right, wrong, tmp_path), operation.name)
