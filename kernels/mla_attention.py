@@ -32,8 +32,8 @@ def mla_attention_reference(query: Tensor, key_value: Tensor, rope_key: Tensor, 
     """The definition: one sequence after the other, all logits at once, in at least FP32.
 
     query [N, H, dk + dr] (its last dr channels rotated), key_value [N, H, dk + dv], rope_key [N, dr]; offsets
-    [sequences + 1] int32 or int64: sequence i is rows offsets[i] to offsets[i + 1] (from 0 to N, some may be empty), none
-    longer than `max_length`; returns [N, H, dv] in query's dtype.
+    [sequences + 1] int32 or int64: sequence i is rows offsets[i] to offsets[i + 1] (from 0 to N, some may be empty),
+    none longer than `max_length`; returns [N, H, dv] in query's dtype.
     """
     heads, nope = query.shape[1], query.shape[2] - rope_key.shape[1]
     k_nope, value = wide(key_value).split([nope, key_value.shape[2] - nope], -1)
@@ -60,8 +60,8 @@ def _sequence(Offsets):
 
 
 @triton.jit
-def _attend(q_nope, q_rope, total, weight, highest, K, R, V, first, column, query, begin, end, scale, DIAGONAL: tl.constexpr,
-            KEYS: tl.constexpr, NOPE: tl.constexpr, PRECISION: tl.constexpr):
+def _attend(q_nope, q_rope, total, weight, highest, K, R, V, first, column, query, begin, end, scale,
+            DIAGONAL: tl.constexpr, KEYS: tl.constexpr, NOPE: tl.constexpr, PRECISION: tl.constexpr):
     """Adds the keys from `begin` to `end` to each query's sum of values, sum of weights and highest logit."""
     for n in tl.range(begin, end, KEYS):
         s = _product(q_nope, q_rope, K.load([first + n, column]), R.load([first + n, 0]), PRECISION)
@@ -195,10 +195,11 @@ def _backward_keys(Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads
         dv = tl.zeros((KEYS, VALUE), tl.float32)
         L += head.to(tl.int64) * tokens + first
         Delta += head.to(tl.int64) * tokens + first
-        dk_nope, dk_rope, dv = _dk(k_nope, k_rope, v, dk_nope, dk_rope, dv, Q, QR, DO, L, Delta, head, first, length, key,
-                                   n, tl.minimum(n + KEYS, length), scale, True, QUERIES, NOPE, ROPE, VALUE, PRECISION)
-        dk_nope, dk_rope, dv = _dk(k_nope, k_rope, v, dk_nope, dk_rope, dv, Q, QR, DO, L, Delta, head, first, length, key,
-                                   n + KEYS, length, scale, False, QUERIES, NOPE, ROPE, VALUE, PRECISION)
+        dk_nope, dk_rope, dv = _dk(k_nope, k_rope, v, dk_nope, dk_rope, dv, Q, QR, DO, L, Delta, head, first, length,
+                                   key, n, tl.minimum(n + KEYS, length), scale, True, QUERIES, NOPE, ROPE, VALUE,
+                                   PRECISION)
+        dk_nope, dk_rope, dv = _dk(k_nope, k_rope, v, dk_nope, dk_rope, dv, Q, QR, DO, L, Delta, head, first, length,
+                                   key, n + KEYS, length, scale, False, QUERIES, NOPE, ROPE, VALUE, PRECISION)
         _store_rows(DKV, dk_nope * factor, first, key, length, heads * (NOPE + VALUE), column)
         _store_rows(DKV, dv, first, key, length, heads * (NOPE + VALUE), column + NOPE)
         _store_rows(DR, dk_rope * factor, first, key, length, heads * ROPE, head * ROPE)
@@ -208,9 +209,9 @@ def mla_attention(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: T
                   scale: float) -> Tensor:
     """`mla_attention_reference`; the kernel rounds probabilities to the inputs' dtype before it multiplies them.
 
-    The kernel's time is best where widths are powers of two of at least 16 (others are padded with zeros) and where rows
-    start at multiples of 16 bytes (others are copied). What offsets and `max_length` say of each other is not checked:
-    that would wait for the GPU.
+    Nothing is copied where widths are powers of two of at least 16 (others are padded with zeros) and where rows are
+    without gaps and start at multiples of 16 bytes. What offsets and `max_length` say is not checked: that would wait
+    for the GPU.
     Raises ValueError for shapes or dtypes that do not fit together and for a scale that is not positive.
     """
     nope = query.shape[-1] - rope_key.shape[-1]
@@ -251,7 +252,8 @@ def _mla_attention(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: 
     if out.numel():
         tiles = _tiles("forward", query)
         _forward[_grid(max_length, tiles["QUERIES"], heads, offsets)](
-            *_boxes(query, key_value, rope_key, tiles), out, lse, offsets, tokens, heads, scale * LOG2_E, **widths, **tiles)
+            *_boxes(query, key_value, rope_key, tiles), out, lse, offsets, tokens, heads, scale * LOG2_E,
+            **widths, **tiles)
     return out, lse
 
 
@@ -287,7 +289,8 @@ def _tiles(kernel: str, x: Tensor) -> dict:
     """Queries and keys of a block. FP32 has no tensor cores here: small blocks, and every product in full precision."""
     if x.dtype == torch.float32:
         return {"QUERIES": 32, "KEYS": 32, "PRECISION": "ieee", "num_warps": 4, "num_stages": 1}
-    queries, keys, warps, stages = {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 2), "keys": (64, 64, 8, 2)}[kernel]
+    queries, keys, warps, stages = {
+        "forward": (128, 64, 8, 3), "queries": (128, 64, 8, 2), "keys": (64, 64, 8, 2)}[kernel]
     return {"QUERIES": queries, "KEYS": keys, "PRECISION": "tf32", "num_warps": warps, "num_stages": stages}
 
 

@@ -149,7 +149,8 @@ def _forward(Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, NOPE: gl.const
     length = gl.load(Offsets + sequence + 1).to(gl.int32) - first
     m = (gl.num_programs(0) - 1 - gl.program_id(0)) * 128
     inputs = Q, QR, K, R, V, O, L, first, length, m, gl.program_id(1), tokens, heads, scale, buffers
-    gl.warp_specialize([(_part, (part, NOPE, ROPE, VALUE, STAGES, LATE) + inputs) for part in (0, 1, 2)], [4, 1], [240, 24])
+    gl.warp_specialize([(_part, (part, NOPE, ROPE, VALUE, STAGES, LATE) + inputs) for part in (0, 1, 2)],
+                       [4, 1], [240, 24])
 
 
 def forward(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
@@ -166,5 +167,6 @@ def forward(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor,
 
 def _box(x: Tensor, rows: int, columns: int) -> "TensorDescriptor":
     """What TMA needs to copy blocks of x; its swizzle keeps rows of a tile out of each other's banks."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=min(columns * x.itemsize, 128), element_bitwidth=8 * x.itemsize, rank=2)
+    swizzle = min(columns * x.itemsize, 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.itemsize, rank=2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)

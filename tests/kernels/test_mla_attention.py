@@ -16,7 +16,8 @@ from test_operations import DEVICE
 FILE = importlib.import_module("minidsv3.kernels.mla_attention")
 OPERATION = OPERATIONS["mla_attention"]
 SMALL = {"QUERIES": 16, "KEYS": 16, "PRECISION": "ieee", "num_warps": 4, "num_stages": 1}
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [] if INTERPRETED else [
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or Triton's interpreter")]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel keeps the functions it was compiled with")
 
 
@@ -54,7 +55,8 @@ def test_by_hand(kernels: str):
     rope_key[:, 0] = torch.tensor([1.0, 3.0, 9.0]).log()
     key_value[:, 0, 16] = torch.tensor([10.0, 2.0, 7.0])
     with torch.device(DEVICE), use_kernels(kernels):
-        out = mla_attention(query.to(DEVICE), key_value.to(DEVICE), rope_key.to(DEVICE), torch.tensor([0, 2, 3]), 2, 1.0)
+        inputs = (x.to(DEVICE) for x in (query, key_value, rope_key))
+        out = mla_attention(*inputs, torch.tensor([0, 2, 3]), 2, 1.0)
     assert torch.allclose(out[:, 0, 0].cpu(), torch.tensor([10.0, 0.25 * 10 + 0.75 * 2, 7.0]))
     assert not out[:, 0, 1:].any()
 
