@@ -6,23 +6,22 @@ neighbouring positions would get the same angle.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 
 from .config import ModelConfig, YarnScaling
 
 
-@lru_cache
-def inverse_frequencies(config: ModelConfig) -> tuple[float, ...]:
-    """Radians a position for each of the qk_rope_head_dim / 2 pairs, fastest first."""
+def inverse_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Radians a position for each of the qk_rope_head_dim / 2 pairs, fastest first, in float64."""
     d = config.qk_rope_head_dim
-    plain = [config.rope_theta ** (-2 * i / d) for i in range(d // 2)]
+    pair = torch.arange(d // 2, dtype=torch.float64, device=device)
+    plain = config.rope_theta ** (-2 * pair / d)
     if config.rope_scaling is None:
-        return tuple(plain)
+        return plain
     low, high = yarn_ramp(config)
-    slowed = [min(max((i - low) / max(high - low, 0.001), 0.0), 1.0) for i in range(d // 2)]
-    return tuple(f * (1 - s) + f / config.rope_scaling.factor * s for f, s in zip(plain, slowed))
+    slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    return plain * (1 - slowed) + plain / config.rope_scaling.factor * slowed
 
 
 def yarn_ramp(config: ModelConfig) -> tuple[int, int]:
@@ -64,7 +63,6 @@ def rotary_amplitude(yarn: YarnScaling | None) -> float:
 
 def rope_table(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [*positions.shape, qk_rope_head_dim / 2] in at least float32, for integer positions [B, T]."""
-    frequency = torch.tensor(inverse_frequencies(config), dtype=torch.float64, device=positions.device)
-    angles = positions[..., None] * frequency
+    angles = positions[..., None] * inverse_frequencies(config, positions.device)
     amplitude, dtype = rotary_amplitude(config.rope_scaling), torch.promote_types(dtype, torch.float32)
     return (angles.cos() * amplitude).to(dtype), (angles.sin() * amplitude).to(dtype)

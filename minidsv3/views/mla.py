@@ -173,8 +173,8 @@ def losses_by_attention(runs: Sequence[dict], cached: dict[str, int]) -> Picture
 @styled
 def yarn_wavelengths(config: ModelConfig) -> Picture:
     """Positions in which each rotary pair turns once, without and with YaRN, and the ramp between the two."""
-    plain = inverse_frequencies(config.replace(rope_scaling=None))
-    stretched, (low, high) = inverse_frequencies(config), yarn_ramp(config)
+    plain, stretched = (inverse_frequencies(c).tolist() for c in (config.replace(rope_scaling=None), config))
+    low, high = yarn_ramp(config)
     yarn, pairs = config.rope_scaling, range(len(plain))
     original = yarn.original_max_position_embeddings
     picture = Picture(9, 4.2, "Wavelength of each rotary pair, without and with YaRN. Fast pairs stay as they are, "

@@ -261,8 +261,8 @@ def amplitude_is_one(patch):
 
 
 def no_interpolation(patch):
-    patch.setattr("minidsv3.rope.inverse_frequencies", lambda c: tuple(
-        c.rope_theta ** (-2 * i / c.qk_rope_head_dim) for i in range(c.qk_rope_head_dim // 2)))
+    plain = minidsv3.rope.inverse_frequencies
+    patch.setattr("minidsv3.rope.inverse_frequencies", lambda c, device: plain(c.replace(rope_scaling=None), device))
 
 
 def temperature_of(config: ModelConfig) -> float:
