@@ -143,8 +143,7 @@ class MLA(nn.Module):
     def query(self, x: Tensor, context: Context) -> Tensor:
         """q of all heads [B, T, heads, 128 + 64], its last 64 channels rotated (eqs. 6-9)."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (self.config.num_attention_heads, -1))
-        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
-        return torch.cat((q_nope, rope(q_rope, context.cos, context.sin)), -1)
+        return rope(q, context.cos, context.sin, nope=self.config.qk_nope_head_dim)
 
     def compress(self, x: Tensor, context: Context) -> Tensor:
         """What the cache holds [B, T, 512 + 64]: the normed latent (eq. 1) and the rotated shared key (eq. 3)."""
