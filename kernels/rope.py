@@ -68,10 +68,11 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, nope: int, sign: float) -> Tensor
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
         pnope, prope = triton.next_power_of_2(max(nope, 1)), triton.next_power_of_2(width - nope)
-        block = min(triton.next_power_of_2(heads), max(4096 // (pnope + prope), 1))
+        width_of_block = triton.next_power_of_2(pnope + prope)
+        block = min(triton.next_power_of_2(heads), max(4096 // width_of_block, 1))
         _turn[(batch * tokens, triton.cdiv(heads, block))](
             x, cos, sin, y, tokens, heads, *x.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, sign,
-            nope, width - nope, pnope, prope, block, num_warps=4 if block * (pnope + prope) > 1024 else 1)
+            nope, width - nope, pnope, prope, block, num_warps=4 if block * width_of_block > 1024 else 1)
     return y
 
 
