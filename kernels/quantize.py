@@ -93,64 +93,66 @@ def encode(x, scale):
 
 @triton.jit
 def _tiles(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
-    """Each program: one tile of each of ROWS rows."""
-    row, column = span(0, ROWS), span(1, TILE)
+    """Each program: one tile of each of ROWS rows. Programs that run together take the same rows."""
+    row_tile, tile = tl.program_id(0) // tl.cdiv(width, TILE), tl.program_id(0) % tl.cdiv(width, TILE)
+    row, column = span(row_tile, ROWS), span(tile, TILE)
     x = load_tile(X, x_row, x_column, row, column, rows, width)
-    store_tiles(Q, S, x, row, column, rows, width, POW2)
+    store_tiles(Q, S, x, row, column, tile, rows, width, POW2)
 
 
 @triton.jit
-def store_tiles(Q, S, x, row, column, rows, width, POW2: tl.constexpr):
+def store_tiles(Q, S, x, row, column, tile, rows, width, POW2: tl.constexpr):
     """Codes and scales of x [row, column], whose columns are one tile."""
     scale = tile_scale(x, 1, POW2)
     store_tile(Q, encode(x, scale[:, None]), row, column, rows, width)
-    tl.store(S + tl.program_id(1) * rows + row, scale, mask=row < rows)
+    tl.store(S + tile * rows + row, scale, mask=row < rows)
 
 
 @triton.jit
-def _columns(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+def _columns(X, Q, S, x_row, x_column, rows, width,
+             POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr):
     """Each program: one tile of each of COLUMNS columns. Reads along rows and writes along columns."""
-    column = span(1, COLUMNS)
-    x = load_tile(X, x_row, x_column, interleaved(TILE), column, rows, width)
-    store_columns(Q, S, x, column, rows, width, POW2, TILE, COLUMNS)
+    tile, column = tl.program_id(0), span(tl.program_id(1), COLUMNS)
+    x = load_tile(X, x_row, x_column, interleaved(tile, TILE, HELD), column, rows, width)
+    store_columns(Q, S, x, tile, column, rows, width, POW2, TILE, COLUMNS, HELD)
 
 
 @triton.jit
-def interleaved(TILE: tl.constexpr):
-    """A tile's rows 0, 4, 8, .. 1, 5, 9, ..: a thread, which takes every 32nd of these, so holds four neighbours, and
-    their codes are one word of the transpose instead of four single bytes."""
+def interleaved(tile, TILE: tl.constexpr, HELD: tl.constexpr):
+    """A tile's rows in such an order that the HELD rows of which a thread holds values, the same columns of each, are
+    neighbours: with 4, the order 0, 4, 8, .. 1, 5, 9, .. Four codes of the transpose then move as one word."""
     at = tl.arange(0, TILE)
-    return tl.program_id(0).to(tl.int64) * TILE + at % 32 * 4 + at // 32
+    return tile.to(tl.int64) * TILE + at % (TILE // HELD) * HELD + at // (TILE // HELD)
 
 
 @triton.jit
-def store_columns(Q, S, x, column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+def store_columns(Q, S, x, tile, column, rows, width,
+                  POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr):
     """Codes and scales of x [interleaved, column] into the transposed Q [width, rows] and S [tiles, width]."""
     scale = tile_scale(x, 0, POW2)
-    codes = encode(x, scale[None, :]).reshape(4, 32, COLUMNS).permute(2, 1, 0).reshape(COLUMNS, TILE)
-    store_tile(Q, codes, column, span(0, TILE), width, rows)
-    tl.store(S + tl.program_id(0) * width + column, scale, mask=column < width)
+    codes = encode(x, scale[None, :]).reshape(HELD, TILE // HELD, COLUMNS).permute(2, 1, 0).reshape(COLUMNS, TILE)
+    store_tile(Q, codes, column, span(tile, TILE), width, rows)
+    tl.store(S + tile * width + column, scale, mask=column < width)
 
 
 @triton.jit
 def _blocks(X, Q, S, x_matrix, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr):
-    """Each program: one block of one matrix."""
-    matrix, row, column = tl.program_id(2).to(tl.int64), span(0, TILE), span(1, TILE)
+    """Each program: one block of one matrix. Programs that run together take the same rows."""
+    matrix, row, column = tl.program_id(2).to(tl.int64), span(tl.program_id(1), TILE), span(tl.program_id(0), TILE)
     x = load_tile(X + matrix * x_matrix, x_row, x_column, row, column, rows, width)
     scale = tile_scale(x.reshape(TILE * TILE), 0, POW2)
     store_tile(Q + matrix * rows * width, encode(x, scale), row, column, rows, width)
-    block = (matrix * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+    block = (matrix * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(S + block, scale)
 
 
 @triton.jit
-def _dequantize(Q, S, Y, rows, width, TILE: tl.constexpr, ROWS: tl.constexpr):
-    """Each program: ROWS rows of one block, which all share its scale."""
-    matrix, row, column = tl.program_id(2).to(tl.int64), span(0, ROWS), span(1, TILE)
-    block_row = matrix * tl.cdiv(rows, TILE) + tl.program_id(0) * ROWS // TILE
-    scale = tl.load(S + block_row * tl.num_programs(1) + tl.program_id(1))
+def _dequantize(Q, S, Y, rows, width, TILE: tl.constexpr):
+    """Each program: one block of one matrix."""
+    matrix, row, column = tl.program_id(2).to(tl.int64), span(tl.program_id(1), TILE), span(tl.program_id(0), TILE)
+    block = (matrix * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     codes = load_tile(Q + matrix * rows * width, width, 1, row, column, rows, width)
-    store_tile(Y + matrix * rows * width, codes * scale, row, column, rows, width)
+    store_tile(Y + matrix * rows * width, codes * tl.load(S + block), row, column, rows, width)
 
 
 def quantize_tiles(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
@@ -202,11 +204,15 @@ def _check(x: Tensor, name: str, right: bool, shape: str) -> None:
                          f"it takes {shape} in float32, bfloat16, float16 or float64")
 
 
+ROWS = 32                      # rows of 1 x 128 tiles that one program takes
+COLUMNS, COLUMN_WARPS = 64, 4   # columns of 128 x 1 tiles that one program takes, and its warps
+
+
 @torch.library.custom_op("minidsv3::quantize_tiles", mutates_args=())
 def _quantize_tiles(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     codes, scales = empty_tiles(x)
     if x.numel():
-        grid = (triton.cdiv(x.shape[0], ROWS), len(scales))
+        grid = (triton.cdiv(x.shape[0], ROWS) * len(scales),)
         _tiles[grid](x, codes, scales, *x.stride(), *x.shape, pow2, TILE, ROWS, num_warps=4)
     return codes, scales
 
@@ -216,8 +222,14 @@ def _quantize_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     codes, scales = empty_tiles(x.T)
     if x.numel():
         grid = (len(scales), triton.cdiv(x.shape[1], COLUMNS))
-        _columns[grid](x, codes, scales, *x.stride(), *x.shape, pow2, TILE, COLUMNS, num_warps=8)
+        _columns[grid](x, codes, scales, *x.stride(), *x.shape, pow2, TILE, COLUMNS, rows_held(COLUMNS, COLUMN_WARPS),
+                       num_warps=COLUMN_WARPS)
     return codes, scales
+
+
+def rows_held(columns: int, warps: int) -> int:
+    """Of how many of a tile's rows a thread holds values, if it reads 16 bytes, 8 values of 16 bits, at once."""
+    return TILE * columns // 8 // (32 * warps)
 
 
 @torch.library.custom_op("minidsv3::quantize_blocks", mutates_args=())
@@ -225,8 +237,8 @@ def _quantize_blocks(weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     codes, scales = _empty_blocks(weight)
     if weight.numel():
         matrices = weight if weight.dim() == 3 else weight[None]
-        grid = (*scales.shape[-2:], len(matrices))
-        _blocks[grid](matrices, codes, scales, *matrices.stride(), *weight.shape[-2:], pow2, TILE, num_warps=8)
+        _blocks[_one_a_block(scales)](matrices, codes, scales, *matrices.stride(), *weight.shape[-2:], pow2, TILE,
+                                      num_warps=8)
     return codes, scales
 
 
@@ -235,13 +247,13 @@ def _dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Ten
     codes, scales = codes.contiguous(), scales.contiguous()
     y = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if codes.numel():
-        rows, width = codes.shape[-2:]
-        grid = (triton.cdiv(rows, ROWS), scales.shape[-1], codes.numel() // (rows * width))
-        _dequantize[grid](codes, scales, y, rows, width, TILE, ROWS, num_warps=4)
+        _dequantize[_one_a_block(scales)](codes, scales, y, *codes.shape[-2:], TILE, num_warps=8)
     return y
 
 
-ROWS, COLUMNS = 32, 64      # rows of 1 x 128 tiles, and columns of 128 x 1 tiles, that one program takes
+def _one_a_block(scales: Tensor) -> tuple[int, int, int]:
+    """The grid of one program a block: columns, rows, matrices."""
+    return scales.shape[-1], scales.shape[-2], scales[..., 0, 0].numel()
 
 
 def empty_tiles(x: Tensor) -> tuple[Tensor, Tensor]:

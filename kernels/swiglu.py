@@ -20,7 +20,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 @triton.jit
 def _forward(G, U, Y, g_row, g_column, u_row, u_column, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column = span(0, ROWS), span(1, COLUMNS)
+    row, column = span(tl.program_id(0), ROWS), span(tl.program_id(1), COLUMNS)
     gate = load_tile(G, g_row, g_column, row, column, rows, width)
     up = load_tile(U, u_row, u_column, row, column, rows, width)
     store_tile(Y, gate * tl.sigmoid(gate) * up, row, column, rows, width)
@@ -37,7 +37,7 @@ def silu_and_slopes(gate, up, slope):
 @triton.jit
 def _backward(G, U, DY, DG, DU, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width,
               ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column = span(0, ROWS), span(1, COLUMNS)
+    row, column = span(tl.program_id(0), ROWS), span(tl.program_id(1), COLUMNS)
     gate = load_tile(G, g_row, g_column, row, column, rows, width)
     up = load_tile(U, u_row, u_column, row, column, rows, width)
     slope = load_tile(DY, dy_row, dy_column, row, column, rows, width)
@@ -64,7 +64,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
-        grid, options = _launch(y, 4096)
+        grid, options = _launch(y)
         _forward[grid](gate, up, y, *gate.stride(), *up.stride(), *y.shape, **options)
     return y
 
@@ -73,18 +73,18 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _swiglu_backward(gate: Tensor, up: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     d_gate, d_up = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
     if slope.numel():
-        grid, options = _launch(slope, 2048)
+        grid, options = _launch(slope)
         _backward[grid](gate, up, slope, d_gate, d_up, *gate.stride(), *up.stride(), *slope.stride(), *slope.shape,
                         **options)
     return d_gate, d_up
 
 
-def _launch(x: Tensor, values: int) -> tuple[tuple[int, int], dict]:
-    """The grid, and the tile of about `values` values that each program takes."""
-    columns = min(triton.next_power_of_2(x.shape[1]), 1024)
-    rows = values // columns
+def _launch(x: Tensor) -> tuple[tuple[int, int], dict]:
+    """The grid, and the tile of about 2048 values that each program takes."""
+    columns = min(triton.next_power_of_2(x.shape[1]), 2048)
+    rows = 2048 // columns
     return (triton.cdiv(x.shape[0], rows), triton.cdiv(x.shape[1], columns)), {
-        "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+        "ROWS": rows, "COLUMNS": columns, "num_warps": 8}
 
 
 _swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backend import tl, triton, uses_triton
 from .quantize import (FP8, TILE, empty_tiles, interleaved, quantize_columns_reference, quantize_tiles_reference,
-                       store_columns, store_tiles)
+                       rows_held, store_columns, store_tiles)
 from .swiglu import silu_and_slopes
 from .tiles import load_tile, span, store_tile
 
@@ -46,10 +46,11 @@ def _decoded(x: Tensor, scales: Tensor | None) -> Tensor:
 def _forward(G, U, Q, S, g_row, g_column, u_row, u_column, rows, width,
              POW2: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
     """Each program: one tile of each of ROWS rows."""
-    row, column = span(0, ROWS), span(1, TILE)
+    row, tile = span(tl.program_id(0), ROWS), tl.program_id(1)
+    column = span(tile, TILE)
     gate = load_tile(G, g_row, g_column, row, column, rows, width)
     up = load_tile(U, u_row, u_column, row, column, rows, width)
-    store_tiles(Q, S, gate * tl.sigmoid(gate) * up, row, column, rows, width, POW2)
+    store_tiles(Q, S, gate * tl.sigmoid(gate) * up, row, column, tile, rows, width, POW2)
 
 
 @triton.jit
@@ -63,21 +64,23 @@ def _decode(X, S, x_row, x_column, row, column, tile, rows, width):
 
 @triton.jit
 def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width,
-              POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+              POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr):
     """Each program: one tile of each of COLUMNS columns; these never span two tiles of the inputs' scales."""
-    row, column, tile = interleaved(TILE), span(1, COLUMNS), tl.program_id(1) * COLUMNS // TILE
-    gate = _decode(G, GS, g_row, g_column, row, column, tile, rows, width)
-    up = _decode(U, US, u_row, u_column, row, column, tile, rows, width)
+    row, column = interleaved(tl.program_id(0), TILE, HELD), span(tl.program_id(1), COLUMNS)
+    input_tile = tl.program_id(1) * COLUMNS // TILE
+    gate = _decode(G, GS, g_row, g_column, row, column, input_tile, rows, width)
+    up = _decode(U, US, u_row, u_column, row, column, input_tile, rows, width)
     slope = load_tile(DY, dy_row, dy_column, row, column, rows, width)
     silu, d_gate, d_up = silu_and_slopes(gate, up, slope)
     store_tile(DG, d_gate, row, column, rows, width)
     store_tile(DU, d_up, row, column, rows, width)
-    store_columns(Q, S, silu * up, column, rows, width, POW2, TILE, COLUMNS)
+    store_columns(Q, S, silu * up, tl.program_id(0), column, rows, width, POW2, TILE, COLUMNS, HELD)
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
     """gate and up [N, width] in one float dtype, in any layout -> codes [N, width] in E4M3, FP32 scales
     [ceil(width / 128), N], as of `quantize_tiles`. No gradient passes through: see `swiglu_quantize_backward`.
+    A weight for each row, as the router's, may be multiplied into the scales; the codes stay.
 
     Raises ValueError if gate and up differ in shape or dtype or are not matrices of floats of 16 bits or more.
     """
@@ -115,6 +118,10 @@ def _check(gate: Tensor, up: Tensor, slope: Tensor, gate_scales: Tensor | None, 
             raise ValueError(f"gate and up in {gate.dtype} need scales of shape {tiles}; got {shape}")
 
 
+ROWS = 32                  # rows of 1 x 128 tiles that one program takes
+COLUMNS, WARPS = 64, 16     # columns of 128 x 1 tiles that one program takes backward, and its warps
+
+
 @torch.library.custom_op("minidsv3::swiglu_quantize", mutates_args=())
 def _swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     codes, scales = empty_tiles(gate)
@@ -133,11 +140,11 @@ def _swiglu_quantize_backward(gate: Tensor, up: Tensor, slope: Tensor, pow2: boo
         grid = (len(scales), triton.cdiv(gate.shape[1], COLUMNS))
         gate_scales, up_scales = (x if x is None else x.contiguous() for x in (gate_scales, up_scales))
         _backward[grid](gate, up, slope, gate_scales, up_scales, d_gate, d_up, codes, scales, *gate.stride(),
-                        *up.stride(), *slope.stride(), *gate.shape, pow2, TILE, COLUMNS, num_warps=8)
+                        *up.stride(), *slope.stride(), *gate.shape, pow2, TILE, COLUMNS, rows_held(COLUMNS, WARPS),
+                        num_warps=WARPS)
     return d_gate, d_up, codes, scales
 
 
-ROWS, COLUMNS = 32, 32      # rows of 1 x 128 tiles, and columns of 128 x 1 tiles, that one program takes
 
 
 def _empty_backward(gate: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

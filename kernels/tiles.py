@@ -4,9 +4,9 @@ from .backend import tl, triton
 
 
 @triton.jit
-def span(AXIS: tl.constexpr, SIZE: tl.constexpr):
-    """The indices that a program takes along one axis of the grid; in 64 bits, since rows * width can pass 2^31."""
-    return tl.program_id(AXIS).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+def span(tile, SIZE: tl.constexpr):
+    """The indices of a tile along one axis; in 64 bits, since rows * width can pass 2^31."""
+    return tile.to(tl.int64) * SIZE + tl.arange(0, SIZE)
 
 
 @triton.jit

@@ -104,10 +104,10 @@ def test_from_fp8_it_is_the_gradient_at_the_decoded_values(kernels):
 @interpreted
 @pytest.mark.parametrize("operation, case, right, wrong", [
     (OPERATION, "halves", "gate * tl.sigmoid(gate) * up", "gate * up"),
-    (BACKWARD, "halves", "silu * up, column", "silu.to(tl.bfloat16) * up, column"),
+    (BACKWARD, "halves", "silu * up, tl", "silu.to(tl.bfloat16) * up, tl"),
     (BACKWARD, "codes", "tl.program_id(1) * COLUMNS // TILE", "0"),
     (BACKWARD, "codes", "_decode(U, US", "_decode(U, GS"),
-    (BACKWARD, "halves", "row, column, tile = interleaved(TILE)", "row, column, tile = span(0, TILE)"),
+    (BACKWARD, "halves", "interleaved(tl.program_id(0), TILE, HELD)", "span(tl.program_id(0), TILE)"),
 ], ids=range(5))
 def test_the_comparison_sees_a_wrong_kernel(operation, case, right, wrong, tmp_path):
     mutant = getattr(mutated("swiglu_quantize", right, wrong, tmp_path), operation.name)
