@@ -85,23 +85,28 @@ def _tile(t, rows, columns, BAND: gl.constexpr):
 
 
 @gluon.jit
-def _expert(expert, ends, start, M, K, PLAN: gl.constexpr):
-    """Where the expert ends, how many rows it has, and its first and last block of K."""
+def _expert(expert, ends, M, K, PLAN: gl.constexpr):
+    """First row and number of rows, first block of K and number of blocks."""
+    if PLAN.groups == "none":
+        return 0, M, 0, gl.cdiv(K, 128)
+    start = gl.load(ends + expert - 1, mask=expert > 0, other=0)
+    end = gl.load(ends + expert)
     if PLAN.groups == "rows":
-        end = gl.load(ends + expert)
-        return end, end - start, 0, gl.cdiv(K, 128)
-    elif PLAN.groups == "depth":
-        end = gl.load(ends + expert)
-        return end, M, start // 128, end // 128
+        return start, end - start, 0, gl.cdiv(K, 128)
     else:
-        return M, M, 0, gl.cdiv(K, 128)
+        return 0, M, start // 128, (end - start) // 128
 
 
 @gluon.jit
-def _first(done):
-    """This program's first tile of an expert, if those before have `done` tiles: it takes every n-th of all of them."""
+def _turns(done, tiles):
+    """This program's first tile of an expert and how many it gets: every n-th of all tiles, after `done` earlier ones.
+
+    The tiles are counted from 0, and not from the first: a value that is carried through a loop only to bound a loop
+    within is taken for unused by Triton 3.6 and 3.7, and never changes.
+    """
     programs = gl.num_programs(0)
-    return (gl.program_id(0) + programs - done % programs) % programs
+    first = (gl.program_id(0) + programs - done % programs) % programs
+    return first, gl.cdiv(tiles - first, programs)
 
 
 @gluon.jit
@@ -112,19 +117,19 @@ def _produce(a, a_scales, b, b_scales, out, ends, experts, ring, PLAN: gl.conste
     N = out.shape[1]
     columns = gl.cdiv(N, PLAN.columns)
     step = 0
-    start = 0
     done = 0
     for expert in range(experts):
-        end, M, first, last = _expert(expert, ends, start, a.shape[0], a.shape[1], PLAN)
+        start, M, first, blocks = _expert(expert, ends, a.shape[0], a.shape[1], PLAN)
         rows = gl.cdiv(M, PLAN.rows)
-        for t in range(_first(done), rows * columns, gl.num_programs(0)):
-            i, j = _tile(t, rows, columns, PLAN.band)
-            m = i * PLAN.rows
+        mine, turns = _turns(done, rows * columns)
+        for turn in range(turns):
+            i, j = _tile(mine + turn * gl.num_programs(0), rows, columns, PLAN.band)
+            m = start + i * PLAN.rows
             n = j * PLAN.columns
             if PLAN.groups == "rows":
-                m += start
                 n += expert * N
-            for k in range(first, last):
+            for block in range(blocks):
+                k = first + block
                 stage = step % PLAN.stages
                 mbarrier.wait(empty.index(stage), (step // PLAN.stages & 1) ^ 1)
                 arrived = full.index(stage)
@@ -137,7 +142,6 @@ def _produce(a, a_scales, b, b_scales, out, ends, experts, ring, PLAN: gl.conste
                 if PLAN.tiles:
                     tma.async_copy_global_to_shared(b_scales, [k, n], arrived, bs_ring.index(stage))
                 step += 1
-        start = end
         done += rows * columns
 
 
@@ -154,15 +158,15 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
     columns = gl.cdiv(N, COLUMNS)
     product = gl.zeros((64, COLUMNS), gl.float32, MMA)
     step = 0
-    start = 0
     done = 0
     count = 0
     for expert in range(experts):
-        end, M, first, last = _expert(expert, ends, start, a.shape[0], a.shape[1], PLAN)
+        start, M, first, blocks = _expert(expert, ends, a.shape[0], a.shape[1], PLAN)
         rows = gl.cdiv(M, PLAN.rows)
-        above = start if PLAN.groups == "rows" else expert * M
-        for t in range(_first(done), rows * columns, gl.num_programs(0)):
-            i, j = _tile(t, rows, columns, PLAN.band)
+        mine, turns = _turns(done, rows * columns)
+        above = expert * M if PLAN.groups == "depth" else start
+        for turn in range(turns):
+            i, j = _tile(mine + turn * gl.num_programs(0), rows, columns, PLAN.band)
             m = (i * PLAN.consumers + consumer) * WAVES * 64
             n = j * COLUMNS
             if PLAN.accumulate:
@@ -175,7 +179,8 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
                 bs_row = b_scales + (expert * gl.cdiv(N, 128) + n // 128) * gl.cdiv(a.shape[1], 128)
             sum0 = gl.zeros((64, COLUMNS), gl.float32, MMA)
             sum1 = gl.zeros((64, COLUMNS), gl.float32, MMA)
-            for k in range(first, last):
+            for block in range(blocks):
+                k = first + block
                 stage = step % PLAN.stages
                 if not PLAN.tiles:
                     b_scale = gl.load(bs_row + k)
@@ -212,7 +217,6 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
                 if m + 64 * wave < M:
                     tma.async_copy_shared_to_global(out, [above + m + 64 * wave, n], c_tile)
             count += 1
-        start = end
         done += rows * columns
     tma.store_wait(0)
 
