@@ -205,6 +205,17 @@ def _backward_keys(Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads
         _store_rows(DR, dk_rope * factor, first, key, length, heads * ROPE, head * ROPE)
 
 
+@triton.jit
+def _sum_heads(DR, Out, tokens, heads, ROPE: tl.constexpr, ROWS: tl.constexpr):
+    """The rotary key's gradient [N, dr], summed over DR's heads in their order."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, ROPE)[None, :]
+    total = tl.zeros((ROWS, ROPE), tl.float32)
+    for head in range(heads):
+        total += tl.load(DR + (row * heads + head) * ROPE + column, mask=row < tokens, other=0.0)
+    tl.store(Out + row * ROPE + column, total.to(Out.dtype.element_ty), mask=row < tokens)
+
+
 def mla_attention(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int,
                   scale: float) -> Tensor:
     """`mla_attention_reference`; the kernel rounds probabilities to the inputs' dtype before it multiplies them.
@@ -250,7 +261,7 @@ def _mla_attention(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: 
     out = torch.empty(tokens, heads, value, dtype=query.dtype, device=query.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
     if out.numel():
-        tiles = _tiles("forward", query)
+        tiles = _tiles("forward", query.dtype, widths)
         _forward[_grid(max_length, tiles["QUERIES"], heads, offsets)](
             *_boxes(query, key_value, rope_key, tiles), out, lse, offsets, tokens, heads, scale * LOG2_E,
             **widths, **tiles)
@@ -262,21 +273,23 @@ def _mla_attention_backward(query: Tensor, key_value: Tensor, rope_key: Tensor, 
                             scale: float, out: Tensor, lse: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key_value and rope_key, from `slope` [N, H, dv]."""
     widths, (tokens, heads) = _widths(query, key_value, rope_key), query.shape[:2]
-    d_query, d_key_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key_value))
+    d_query, d_key_value, d_rope_key = (torch.empty(x.shape, dtype=x.dtype, device=x.device)
+                                        for x in (query, key_value, rope_key))
     d_rope_keys = torch.empty(tokens, heads, widths["ROPE"], dtype=torch.float32, device=query.device)
     if out.numel():
         delta = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
         rest = offsets, tokens, heads, scale * LOG2_E, scale
-        tiles = _tiles("queries", query)
+        tiles = _tiles("queries", query.dtype, widths)
         slopes, outs = (_box(x, tiles["QUERIES"], widths["VALUE"]) for x in (slope, out))
         _backward_queries[_grid(max_length, tiles["QUERIES"], heads, offsets)](
             *_boxes(query, key_value, rope_key, tiles), outs, slopes, lse, delta, d_query, *rest, **widths, **tiles)
-        tiles = _tiles("keys", query)
+        tiles = _tiles("keys", query.dtype, widths)
         slopes = _box(slope, tiles["QUERIES"], widths["VALUE"])
         _backward_keys[_grid(max_length, tiles["KEYS"], heads, offsets)](
             *_boxes(query, key_value, rope_key, tiles), slopes, lse, delta, d_key_value, d_rope_keys, *rest,
             **widths, **tiles)
-    return d_query, d_key_value, d_rope_keys.sum(1).to(rope_key.dtype)
+        _sum_heads[(triton.cdiv(tokens, 16),)](d_rope_keys, d_rope_key, tokens, heads, widths["ROPE"], 16, num_warps=4)
+    return d_query, d_key_value, d_rope_key
 
 
 def _widths(query: Tensor, key_value: Tensor, rope_key: Tensor) -> dict[str, int]:
@@ -285,13 +298,17 @@ def _widths(query: Tensor, key_value: Tensor, rope_key: Tensor) -> dict[str, int
     return {"NOPE": nope, "ROPE": rope, "VALUE": key_value.shape[2] - nope}
 
 
-def _tiles(kernel: str, x: Tensor) -> dict:
-    """Queries and keys of a block. FP32 has no tensor cores here: small blocks, and every product in full precision."""
-    if x.dtype == torch.float32:
-        return {"QUERIES": 32, "KEYS": 32, "PRECISION": "ieee", "num_warps": 4, "num_stages": 1}
-    queries, keys, warps, stages = {
-        "forward": (128, 64, 8, 3), "queries": (128, 64, 8, 2), "keys": (64, 64, 8, 2)}[kernel]
-    return {"QUERIES": queries, "KEYS": keys, "PRECISION": "tf32", "num_warps": warps, "num_stages": stages}
+def _tiles(kernel: str, dtype: torch.dtype, widths: dict[str, int]) -> dict:
+    """Queries and keys of a block. FP32 has no tensor cores here: small blocks, and every product in full precision.
+    The sums of `_backward_keys` take a register a thread for each two of a key's channels: wide keys get a short block.
+    """
+    if dtype == torch.float32:
+        queries, keys, warps, stages = (32, 64, 8, 1) if kernel == "keys" else (64, 32, 8, 1)
+    else:
+        queries, keys, warps, stages = {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 2),
+                                        "keys": (64, 128 if sum(widths.values()) <= 192 else 64, 8, 2)}[kernel]
+    return {"QUERIES": queries, "KEYS": keys, "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+            "num_warps": warps, "num_stages": stages}
 
 
 def _grid(max_length: int, block: int, heads: int, offsets: Tensor) -> tuple[int, int, int]:

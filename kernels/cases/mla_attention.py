@@ -70,12 +70,12 @@ def _flops(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, 
 
 OPERATION = Operation(
     "mla_attention", mla_attention, mla_attention_reference, options={"scale": 0.14},
-    cases={"5, 70, 3": _inputs([5, 70, 3], 3, 16, 16, 16), "one token": _inputs([1], 1, 16, 16, 16),
+    cases={"5, 70, 3": _inputs([5, 70, 3], 3, 16, 16, 16), "one token, then nine": _inputs([1, 9], 1, 16, 16, 16),
            "130": _inputs([130], 1, 32, 16, 32), "empty in the middle": _inputs([6, 0, 33], 2, 32, 16, 32),
            "no token": _inputs([0], 2, 16, 16, 16), "large logits": _large_logits, "strided": _strided,
            "odd widths": _inputs([20, 3], 2, 12, 8, 24)},
     shapes={"4096, 128 heads": lambda: _inputs([4096], 128, 128, 64, 128)(torch.bfloat16),
             "4 x 1024, 128 heads": lambda: _inputs([1024] * 4, 128, 128, 64, 128)(torch.bfloat16),
-            "16 x 1024, 16 heads": lambda: _inputs([1024] * 16, 16, 64, 64, 64)(torch.bfloat16)},
+            "8 x 2048, 16 heads": lambda: _inputs([2048] * 8, 16, 64, 64, 64)(torch.bfloat16)},
     peers={"cuDNN, key put together": cudnn, "flash, values padded": flash_padded},
     flops=_flops, times_backward=True)

@@ -69,7 +69,7 @@ def test_blocks_of_other_sizes(monkeypatch, dtype: torch.dtype, queries: int, ke
     inputs = inputs_on(OPERATION, "5, 70, 3", dtype, DEVICE)
     most = {"QUERIES": max(queries, keys), "KEYS": min(queries, keys)}
     least = {"QUERIES": min(queries, keys), "KEYS": max(queries, keys)}
-    monkeypatch.setattr(FILE, "_tiles", lambda name, x: SMALL | (least if name == "keys" else most))
+    monkeypatch.setattr(FILE, "_tiles", lambda name, *_: SMALL | (least if name == "keys" else most))
     with use_kernels("torch"):
         theirs = values_and_gradients(OPERATION, mla_attention, inputs)
     assert_alike(kernel(inputs), theirs, OPERATION.tolerance[dtype])
@@ -87,6 +87,18 @@ def test_a_sequence_is_the_same_alone_and_among_others():
     for ours, theirs in zip(gradients, torch.autograd.grad(alone, middle, slope), strict=True):
         assert torch.equal(ours[5:75], theirs)
         assert not ours[:5].any() and not ours[75:].any()
+
+
+def test_a_single_token_attends_to_itself():
+    """Its gradient through the softmax is 0 by definition; what the kernel leaves is rounding noise."""
+    query, key_value, rope_key = (torch.randn(*shape, device=DEVICE, requires_grad=True)
+                                  for shape in ((1, 2, 32), (1, 2, 48), (1, 16)))
+    with torch.device(DEVICE), use_kernels("triton"):
+        out = mla_attention(query, key_value, rope_key, torch.tensor([0, 1]), 1, 0.14)
+    slope = torch.randn_like(out)
+    d_query, d_key_value, d_rope_key = torch.autograd.grad(out, (query, key_value, rope_key), slope)
+    assert torch.allclose(out, key_value[..., 16:]) and torch.allclose(d_key_value[..., 16:], slope)
+    assert max(float(x.abs().max()) for x in (d_query, d_key_value[..., :16], d_rope_key)) < 1e-5
 
 
 def test_the_future_cannot_be_seen():
