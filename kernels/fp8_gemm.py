@@ -1,0 +1,264 @@
+"""The FP8 product of section 3.3.2: out[m, n] = sum over blocks k of 128:  a_scale * b_scale * (sum over 128 of a b).
+
+a [M, K] and b [N, K] are E4M3 codes as the quantisers write them, and b is a weight or whatever else is multiplied as
+x W^T: Hopper's tensor cores take FP8 only with the summed axis innermost. The three products of a linear layer:
+
+                a (1 x 128)       b                          out
+    forward     x                 W            (128 x 128)   BF16
+    dgrad       dy                W^T          (128 x 128)   BF16
+    wgrad       dy^T              x^T          (1 x 128)     FP32, added to the gradient that is there already
+
+Scales differ from one 128 of K to the next, so every block is a product of its own, scaled and added to an FP32 sum
+outside of the tensor cores. The report wants that anyway ("promotion to CUDA cores"): the tensor cores keep about 14
+bits while they add. Copies go through TMA, which fills what lies outside of a tensor with zeros.
+
+Few tokens make few tiles, and reading the weights is what takes the time. Then the blocks of K are divided among
+several programs for each tile, and a second kernel adds their sums in a fixed order. Many tokens take the kernel in
+fp8_gemm_hopper.py, which keeps the tensor cores busy during promotion; this one is the one to read.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import fp8_gemm_hopper
+from .backend import processors, tl, triton, uses_triton
+from .quantize import FP8, TILE, dequantize_blocks_reference
+
+
+def fp8_gemm_reference(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor,
+                       out_dtype: torch.dtype = torch.bfloat16, into: Tensor | None = None) -> Tensor:
+    """The definition: dequantised, multiplied in FP32, rounded once. In FP32 it does not matter that blocks of K come
+    first; on tensor cores that add with fewer bits it does."""
+    b = dequantize_tiles(b, b_scales) if has_tiles(b, b_scales) else dequantize_blocks_reference(b, b_scales)
+    product = dequantize_tiles(a, a_scales) @ b.T
+    return product.to(out_dtype) if into is None else into.add_(product)
+
+
+def dequantize_tiles(codes: Tensor, scales: Tensor) -> Tensor:
+    """1 x 128: codes [M, K], scales [ceil(K / 128), M] -> [M, K] in FP32."""
+    return codes.float() * scales.T.repeat_interleave(TILE, 1)[:, :codes.shape[1]]
+
+
+def has_tiles(codes: Tensor, scales: Tensor) -> bool:
+    """Whether scales are those of 1 x 128 tiles of codes [N, K], and not of 128 x 128 blocks."""
+    return scales.shape == (blocks_of(codes.shape[1]), codes.shape[0])
+
+
+def blocks_of(size: int) -> int:
+    return -(-size // TILE)
+
+
+@triton.jit
+def place(t, rows, columns, BAND: tl.constexpr):
+    """Row and column of tile `t`: BAND rows of tiles are walked together, so that they share tiles of b in L2."""
+    band = t // (BAND * columns) * BAND
+    height = tl.minimum(rows - band, BAND)
+    inside = t % (BAND * columns)
+    return band + inside % height, inside // height
+
+
+@triton.jit
+def scaled_product(A, AS, B, BS, m, n, b_row, a_line, b_line, rows, columns, first, last, TILES: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr):
+    """The sum over blocks `first` to `last` for rows m.. of A and n.. of B, of which TMA knows the latter as b_row...
+
+    Scales of A, and of B if it has TILES, lie row beside row, a_line and b_line apart for each block. BS of 128 x 128
+    blocks points at the one line that belongs to these rows of B.
+    """
+    row, column = m + tl.arange(0, BM), n + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), tl.float32)
+    for k in range(first, last):
+        a_scale = tl.load(AS + k * a_line + row, mask=row < rows, other=0.0)
+        product = tl.dot(A.load([m, k * 128]), B.load([b_row, k * 128]).T)
+        if TILES:
+            b_scale = tl.load(BS + k * b_line + column, mask=column < columns, other=0.0)
+            total += product * (a_scale[:, None] * b_scale[None, :])
+        else:
+            total += product * (a_scale * tl.load(BS + k))[:, None]
+    return total
+
+
+@triton.jit
+def put(OUT, matrix, m, n, total, ADD: tl.constexpr):
+    """Writes a tile of one of OUT's matrices, or adds to it."""
+    shape: tl.constexpr = [1, total.shape[0], total.shape[1]]
+    if ADD:
+        total += OUT.load([matrix, m, n]).reshape(total.shape)
+    OUT.store([matrix, m, n], total.to(OUT.dtype).reshape(shape))
+
+
+@triton.jit
+def _gemm(A, AS, B, BS, OUT, M, N, K, a_line, b_line, SPLITS: tl.constexpr, TILES: tl.constexpr, ADD: tl.constexpr,
+          BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
+    """Every program takes every n-th tile of every share of K."""
+    rows, columns, blocks = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(K, 128)
+    for t in range(tl.program_id(0), rows * columns * SPLITS, tl.num_programs(0)):
+        split = t // (rows * columns)
+        i, j = place(t % (rows * columns), rows, columns, BAND)
+        m, n = i * BM, j * BN
+        line = BS if TILES else BS + n // 128 * blocks
+        first, last = blocks * split // SPLITS, blocks * (split + 1) // SPLITS
+        total = scaled_product(A, AS, B, line, m, n, n, a_line, b_line, M, N, first, last, TILES, BM, BN)
+        put(OUT, split, m, n, total, ADD)
+
+
+@triton.jit
+def _add_up(PARTS, OUT, size, SPLITS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """What the shares of K came to, always in the same order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(PARTS + split * size + at, mask=inside, other=0.0)
+    if ADD:
+        total += tl.load(OUT + at, mask=inside, other=0.0)
+    tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=inside)
+
+
+def fp8_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out_dtype: torch.dtype = torch.bfloat16,
+             into: Tensor | None = None) -> Tensor:
+    """a b^T of E4M3 codes and their FP32 scales, in BF16 or FP32, [M, N]; or `into`, FP32, with the product added to it.
+
+    a [M, K] with a_scales [ceil(K / 128), M] of 1 x 128 tiles, whose lines may lie apart; b [N, K] with b_scales either
+    [ceil(N / 128), ceil(K / 128)] of blocks or [ceil(K / 128), N] of tiles. K is a multiple of 16, N of 8. No gradient
+    passes through. Raises ValueError for anything else.
+    """
+    check_codes("fp8_gemm", a=a, b=b)
+    check_scales("fp8_gemm", a_scales=(a_scales, [blocks_of(a.shape[1]), len(a)]))
+    blocks = [blocks_of(len(b)), blocks_of(b.shape[1])]
+    check_scales("fp8_gemm", b_scales=(b_scales, list(b_scales.shape) if has_tiles(b, b_scales) else blocks))
+    if len(b) % 8:
+        raise ValueError(f"fp8_gemm got b of shape {list(b.shape)}; its rows must be a multiple of 8")
+    if out_dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"fp8_gemm cannot return {out_dtype}; it returns torch.bfloat16 or torch.float32")
+    check_devices("fp8_gemm", a, a_scales, b, b_scales, *() if into is None else (into,))
+    if into is not None:
+        check_into("fp8_gemm", into, [len(a), len(b)])
+    if not uses_triton(a, a_scales, b, b_scales):
+        return fp8_gemm_reference(a, a_scales, b, b_scales, out_dtype, into)
+    if into is None:
+        return _fp8_gemm(a, a_scales, b, b_scales, out_dtype)
+    _fp8_gemm_add(a, a_scales, b, b_scales, into)
+    return into
+
+
+def check_codes(name: str, **codes: Tensor) -> None:
+    """Raises ValueError unless all are E4M3, row-major, and equally wide, by what TMA can copy."""
+    width = next(iter(codes.values())).shape[-1]
+    for letter, x in codes.items():
+        if x.dtype != FP8 or x.dim() < 2:
+            raise ValueError(f"{name} got {letter} {list(x.shape)} {x.dtype}; it needs a matrix of {FP8}")
+        if x.stride(-1) != 1 or x.stride(-2) % 16 or x.dim() == 3 and not x.is_contiguous():
+            raise ValueError(f"{name} got {letter} with strides {list(x.stride())}; rows must be contiguous and start at "
+                             f"multiples of 16 bytes, and experts must follow one another")
+        if x.shape[-1] != width or width % 16:
+            raise ValueError(f"{name} got {letter} of shape {list(x.shape)}; rows must all be equally long ({width}), "
+                             f"and a multiple of 16")
+
+
+def check_scales(name: str, **scales: tuple[Tensor, list[int]]) -> None:
+    """Raises ValueError unless each has its shape, in FP32."""
+    for letter, (x, shape) in scales.items():
+        if x.dtype != torch.float32 or list(x.shape) != shape or x.stride(1) != 1 and x.shape[1] > 1:
+            raise ValueError(f"{name} got {letter} {list(x.shape)} {x.dtype} with strides {list(x.stride())}; "
+                             f"it needs {shape} in torch.float32 with contiguous rows")
+
+
+def check_devices(name: str, *tensors: Tensor) -> None:
+    if len({x.device for x in tensors}) > 1:
+        raise ValueError(f"{name} got tensors on {', '.join(str(x.device) for x in tensors)}; they must be on one device")
+
+
+def check_into(name: str, into: Tensor, shape: list[int]) -> None:
+    if into.dtype != torch.float32 or list(into.shape) != shape or not into.is_contiguous():
+        raise ValueError(f"{name} got into {list(into.shape)} {into.dtype}; it needs {shape} in torch.float32, contiguous")
+
+
+@torch.library.custom_op("minidsv3::fp8_gemm", mutates_args=())
+def _fp8_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out_dtype: torch.dtype) -> Tensor:
+    out = torch.empty(len(a), len(b), dtype=out_dtype, device=a.device)
+    _multiply(a, a_scales, b, b_scales, out, add=False)
+    return out
+
+
+@torch.library.custom_op("minidsv3::fp8_gemm_add", mutates_args=("into",))
+def _fp8_gemm_add(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, into: Tensor) -> None:
+    _multiply(a, a_scales, b, b_scales, into, add=True)
+
+
+def _multiply(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, add: bool) -> None:
+    if not out.numel() or not a.shape[1]:
+        return None if add else out.zero_()
+    if specialises(len(a), a.device):
+        tiles = has_tiles(b, b_scales)
+        return fp8_gemm_hopper.gemm(a, aligned(a_scales), b, aligned(b_scales) if tiles else b_scales.contiguous(), out,
+                                    accumulate=add)
+    return _multiply_readably(a, a_scales, b, b_scales, out, add, _plan(len(a), len(b), a.shape[1], a.device))
+
+
+class Plan(NamedTuple):
+    """How a product is cut into tiles, and what each program gets."""
+    rows: int               # of a tile
+    columns: int
+    splits: int             # shares of K
+    num_warps: int
+    num_stages: int         # tiles of a and b on their way
+    per_processor: int      # programs that one multiprocessor holds at a time
+
+
+def _plan(M: int, N: int, K: int, device: torch.device) -> Plan:
+    """Small tiles, and shares of K, until there is a program for every multiprocessor."""
+    if M > 128:
+        return Plan(128, 128, 1, 8, 4, 1)
+    columns = 64
+    tiles = triton.cdiv(M, 64) * triton.cdiv(N, columns)
+    splits = max(1, min(processors(device) // tiles, blocks_of(K) // 4))
+    return Plan(64, columns, splits, 4, 6, 2)
+
+
+def _multiply_readably(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, add: bool,
+                       plan: Plan) -> None:
+    (M, K), N, tiles = a.shape, len(b), has_tiles(b, b_scales)
+    b_scales = b_scales if tiles else b_scales.contiguous()
+    whole = plan.splits == 1
+    parts = out.view(1, M, N) if whole else torch.empty(plan.splits, M, N, device=a.device)
+    jobs = triton.cdiv(M, plan.rows) * triton.cdiv(N, plan.columns) * plan.splits
+    _gemm[(min(jobs, plan.per_processor * processors(a.device)),)](
+        described(a, plan.rows, TILE), a_scales, described(b, plan.columns, TILE), b_scales,
+        described(parts, 1, plan.rows, plan.columns), M, N, K, a_scales.stride(0), b_scales.stride(0), plan.splits,
+        tiles, add and whole, plan.rows, plan.columns, BAND, num_warps=plan.num_warps, num_stages=plan.num_stages)
+    if not whole:
+        _add_up[(triton.cdiv(M * N, 1024),)](parts, out, M * N, plan.splits, add, 1024)
+
+
+BAND = 8            # rows of tiles that are walked together
+
+
+@lru_cache
+def specialises(rows: int, device: torch.device) -> bool:
+    """Whether the kernels of fp8_gemm_hopper.py take a product of so many rows. Triton's interpreter has no Gluon."""
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    return rows >= 512 and hopper and not triton.knobs.runtime.interpret
+
+
+def described(x: Tensor, *block: int):
+    """What TMA needs to copy blocks of x; raises ValueError if x does not start at a multiple of 16 bytes."""
+    if x.data_ptr() % 16:
+        raise ValueError(f"an FP8 product got a tensor that starts {x.data_ptr() % 16} bytes after a multiple of 16")
+    from triton.tools.tensor_descriptor import TensorDescriptor
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
+def aligned(scales: Tensor) -> Tensor:
+    """Scales whose lines TMA can copy: they start at multiples of 16 bytes."""
+    if scales.stride(0) % 4 == 0 and scales.data_ptr() % 16 == 0:
+        return scales
+    lines, width = scales.shape
+    return torch.empty(lines, -(-width // 4) * 4, device=scales.device)[:, :width].copy_(scales)
+
+
+_fp8_gemm.register_fake(lambda a, a_scales, b, b_scales, out_dtype: a.new_empty(len(a), len(b), dtype=out_dtype))
+_fp8_gemm_add.register_fake(lambda a, a_scales, b, b_scales, into: None)
