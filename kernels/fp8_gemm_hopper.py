@@ -87,14 +87,14 @@ def _tile(t, rows, columns, BAND: gl.constexpr):
 @gluon.jit
 def _expert(expert, ends, M, K, PLAN: gl.constexpr):
     """First row and number of rows, first block of K and number of blocks."""
-    if PLAN.groups == "none":
-        return 0, M, 0, gl.cdiv(K, 128)
-    start = gl.load(ends + expert - 1, mask=expert > 0, other=0)
-    end = gl.load(ends + expert)
     if PLAN.groups == "rows":
-        return start, end - start, 0, gl.cdiv(K, 128)
+        start = gl.load(ends + expert - 1, mask=expert > 0, other=0)
+        return start, gl.load(ends + expert) - start, 0, gl.cdiv(K, 128)
+    elif PLAN.groups == "depth":
+        start = gl.load(ends + expert - 1, mask=expert > 0, other=0)
+        return 0, M, start // 128, (gl.load(ends + expert) - start) // 128
     else:
-        return 0, M, start // 128, (end - start) // 128
+        return 0, M, 0, gl.cdiv(K, 128)
 
 
 @gluon.jit
