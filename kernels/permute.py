@@ -76,10 +76,9 @@ def unpermute_reference(rows: Tensor, permutation: Permutation, weights: Tensor 
 
 @triton.jit
 def _count(EXPERTS, COUNTS, choices, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of each block's choices went to each expert."""
+    """How many of each block's choices went to each expert; the last block's count is not used."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < choices
-    counts = tl.histogram(tl.load(EXPERTS + at, mask=inside, other=0).to(tl.int32), BINS, mask=inside)
+    counts = tl.histogram(tl.load(EXPERTS + at, mask=at < choices, other=0).to(tl.int32), BINS)
     tl.store(COUNTS + tl.program_id(0) * BINS + tl.arange(0, BINS), counts)
 
 
@@ -119,7 +118,7 @@ def _place(EXPERTS, STARTS, ROWS, SOURCES, choices, BINS: tl.constexpr, BLOCK: t
 def _to_rows(X, ROWS, WEIGHTS, OUT, Y, DW, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """Writes a token, times its weights if there are any, to the rows of its choices; with weights, also the token's
     products with the rows Y."""
-    token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < D
     x = tl.load(X + token * D + column, mask=inside, other=0.0)
     for j in tl.static_range(K):
@@ -137,7 +136,7 @@ def _to_rows(X, ROWS, WEIGHTS, OUT, Y, DW, D: tl.constexpr, K: tl.constexpr, BLO
 @triton.jit
 def _from_rows(Y, ROWS, WEIGHTS, OUT, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """Adds up the rows of a token's choices, times their weights if there are any."""
-    token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < D
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(K):
@@ -220,7 +219,6 @@ def _sort_by_expert(experts: Tensor, load: Tensor, align: int) -> tuple[Tensor, 
     experts, load, device = experts.contiguous(), load.contiguous(), experts.device
     choices, blocks = experts.numel(), triton.cdiv(experts.numel(), _BLOCK)
     bins = triton.next_power_of_2(len(load))
-    columns, step = min(bins, 4), 256
     counts = torch.empty(blocks, bins, dtype=torch.int32, device=device)
     rows = torch.empty(experts.shape, dtype=torch.int32, device=device)
     sources = torch.empty(_capacity(experts, load, align), dtype=torch.int32, device=device)
@@ -229,9 +227,10 @@ def _sort_by_expert(experts: Tensor, load: Tensor, align: int) -> tuple[Tensor, 
         sources.fill_(-1)
     if blocks:
         _count[(blocks,)](experts, counts, choices, bins, _BLOCK, num_warps=1)
-    _accumulate[(bins // columns,)](load, counts, ends, blocks, len(load), align, bins, columns, step)
+    columns = min(bins, 4)
+    _accumulate[(bins // columns,)](load, counts, ends, blocks, len(load), align, bins, columns, 1024)
     if blocks:
-        _place[(blocks,)](experts, counts, rows, sources, choices, bins, _BLOCK)
+        _place[(blocks,)](experts, counts, rows, sources, choices, bins, _BLOCK, num_warps=1)
     return rows, sources, ends
 
 
@@ -247,9 +246,7 @@ def _unpermute(y: Tensor, rows: Tensor, sources: Tensor, weights: Tensor | None)
     y, weights, width = y.contiguous(), None if weights is None else weights.contiguous(), y.shape[1]
     out = torch.empty(len(rows), width, dtype=y.dtype, device=y.device)
     if out.numel():
-        block = _block(width)
-        _from_rows[(len(rows), triton.cdiv(width, block))](y, rows, weights, out, width, rows.shape[1], block,
-                                                           num_warps=_warps(block))
+        _from_rows[(len(rows),)](y, rows, weights, out, width, rows.shape[1], **_whole(width))
     return out
 
 
@@ -276,23 +273,17 @@ def _spread(x: Tensor, rows: Tensor, sources: Tensor, y: Tensor | None = None,
     x, width = x.contiguous(), x.shape[1]
     out = torch.empty(len(sources), width, dtype=x.dtype, device=x.device)
     products = None if weights is None else torch.empty(weights.shape, dtype=weights.dtype, device=x.device)
-    whole = triton.next_power_of_2(width)
     if x.numel():
-        block = _block(width) if weights is None else whole      # a product needs its row whole
-        _to_rows[(len(rows), triton.cdiv(width, block))](x, rows, weights, out, y, products, width, rows.shape[1],
-                                                         block, num_warps=_warps(block))
+        _to_rows[(len(rows),)](x, rows, weights, out, y, products, width, rows.shape[1], **_whole(width))
     if len(sources) > rows.numel() and width:
-        _clear_padding[(len(sources),)](sources, out, width, whole)
+        _clear_padding[(len(sources),)](sources, out, width, **_whole(width))
     return out, products
 
 
-def _block(width: int) -> int:
-    """Columns that one program takes."""
-    return min(triton.next_power_of_2(width), 1024)
-
-
-def _warps(block: int) -> int:
-    return min(max(block // 512, 1), 16)
+def _whole(width: int) -> dict:
+    """A program takes a whole row."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
 @_sort_by_expert.register_fake

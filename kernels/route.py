@@ -103,6 +103,7 @@ def _best_groups(choice, GROUPS: tl.constexpr, KEPT: tl.constexpr):
     """Indices of the best groups [tokens, KEPT]: a group's place is how many others are ahead of it."""
     first, second = tl.reduce((choice, tl.full(choice.shape, _LOWEST, tl.int32)), 2, _two_best)
     score = _order(_value(first) + _value(second))
+    score = tl.where(second == _LOWEST, _LOWEST, score)     # the last groups may be none
     group, place = tl.arange(0, GROUPS), tl.arange(0, KEPT)
     one, other = score[:, :, None], score[:, None, :]
     ahead = (other > one) | (other == one) & (group[None, None, :] < group[None, :, None])
@@ -120,7 +121,7 @@ def _forward(L, BIAS, EXPERTS, WEIGHTS, LOAD, tokens, factor, E: tl.constexpr, G
     """
     SIZE: tl.constexpr = E // GROUPS
     member, slot = tl.arange(0, PSIZE)[None, None, :], tl.arange(0, PK)[None, :]
-    counts = tl.zeros((PE,), tl.int32)
+    any_expert, counts = tl.arange(0, PE), tl.zeros((PE,), tl.int32)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(tokens, BLOCK), tl.num_programs(0)):
         token = tl.arange(0, BLOCK)
         there = token < tokens - block * BLOCK
@@ -148,9 +149,11 @@ def _forward(L, BIAS, EXPERTS, WEIGHTS, LOAD, tokens, factor, E: tl.constexpr, G
         at = (block * BLOCK + token[:, None]) * TOP_K + slot
         tl.store(EXPERTS + at, best.to(tl.int64), mask=chosen)
         tl.store(WEIGHTS + at, weight * factor, mask=chosen)
-        counts += tl.histogram(best.reshape(BLOCK * PK), PE, mask=chosen.reshape(BLOCK * PK))
-    expert = tl.arange(0, PE)
-    tl.atomic_add(LOAD + expert, counts.to(tl.float32), mask=expert < E, sem="relaxed")   # whole numbers: in any order
+        # Slots of no use are counted for expert 0 and taken off again: a mask may lie otherwise than what it masks.
+        idle = BLOCK * PK - TOP_K * tl.minimum(tokens - block * BLOCK, BLOCK).to(tl.int32)
+        counts += tl.histogram(tl.where(chosen, best, 0).reshape(BLOCK * PK), PE) - tl.where(any_expert == 0, idle, 0)
+    # Whole numbers add up to the same in any order.
+    tl.atomic_add(LOAD + any_expert, counts.to(tl.float32), mask=any_expert < E, sem="relaxed")
 
 
 @triton.jit
@@ -202,10 +205,10 @@ def _route(logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: i
         n_group = topk_group = 1
     sizes = {"PG": n_group, "PKEPT": topk_group, "PSIZE": experts // n_group, "PK": top_k, "PE": experts}
     if tokens:
-        block, warps = 16, 4
-        grid = min(triton.cdiv(tokens, block), 8 * processors(device))
+        block = 16 if experts > 128 else 32
+        grid = min(triton.cdiv(tokens, block), 16 * processors(device))
         _forward[(grid,)](logits, bias, chosen, weights, load, tokens, scaling_factor, experts, n_group, topk_group,
-                          top_k, normalise, block, num_warps=warps,
+                          top_k, normalise, block, num_warps=4,
                           **{name: triton.next_power_of_2(size) for name, size in sizes.items()})
     return chosen, weights, load
 
@@ -216,7 +219,7 @@ def _route_backward(logits: Tensor, chosen: Tensor, slope: Tensor, normalise: bo
     logits, slope, (tokens, experts), top_k = logits.contiguous(), slope.contiguous(), logits.shape, chosen.shape[1]
     gradient = torch.empty(tokens, experts, dtype=logits.dtype, device=logits.device)
     if tokens:
-        block = 16
+        block = 8
         _backward[(triton.cdiv(tokens, block),)](
             logits, chosen, slope, gradient, tokens, scaling_factor, experts, top_k, normalise, block,
             triton.next_power_of_2(top_k), triton.next_power_of_2(experts))

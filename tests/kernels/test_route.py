@@ -33,7 +33,7 @@ def results(function, logits: torch.Tensor, bias: torch.Tensor, **options) -> li
     logits = logits.detach().requires_grad_()
     with use_kernels("triton"):
         routing = function(logits, bias, **options)
-    slope = torch.linspace(-1, 2, routing.weights.numel(), device=DEVICE).view_as(routing.weights)
+    slope = torch.randn(routing.weights.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     gradient, = torch.autograd.grad(routing.weights, logits, slope)
     return [routing.experts, routing.weights.detach(), routing.load, gradient]
 
@@ -71,9 +71,18 @@ def test_ties_of_groups_and_of_experts_in_many_rows():
     assert_same(logits, torch.zeros(32, device=DEVICE), n_group=8, topk_group=3, top_k=7)
 
 
-def test_negative_sums_do_not_let_a_forbidden_expert_win():
-    logits, bias = inputs(9, 32)
-    assert_same(logits, bias - 5, n_group=8, topk_group=2, top_k=6)
+@pytest.mark.parametrize("experts, groups", [(32, 8), (15, 5)])
+def test_negative_sums_do_not_let_a_forbidden_expert_win(experts, groups):
+    """Nor a group that is none: five groups are computed as eight."""
+    logits, bias = inputs(9, experts)
+    assert_same(logits, bias - 5, n_group=groups, topk_group=2, top_k=6)
+
+
+@pytest.mark.parametrize("tokens, experts", [(1, 24), (17, 24), (33, 48)])
+def test_load_counts_tokens_that_fill_no_block(tokens, experts):
+    """Three members a group, six of eight slots: most of what a block holds is padding."""
+    routing = results(route, *inputs(tokens, experts), n_group=experts // 3, topk_group=4, top_k=6)
+    assert torch.equal(routing[2], torch.bincount(routing[0].flatten(), minlength=experts).float())
 
 
 def test_nan_counts_as_the_largest():
@@ -124,7 +133,7 @@ def _best_twice(a, b, c, d):
 
 @pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel keeps the functions it was compiled with")
 @pytest.mark.parametrize("name, wrong, test", [
-    ("_order", _bits, test_negative_sums_do_not_let_a_forbidden_expert_win),
+    ("_order", _bits, lambda: test_negative_sums_do_not_let_a_forbidden_expert_win(32, 8)),
     ("_two_best", _best_twice, lambda: test_kernel_equals_definition(*OPTIONS["five groups of three, three kept"])),
 ], ids=["bits as they are", "the best counted twice"])
 def test_comparisons_see_a_wrong_kernel(monkeypatch, name, wrong, test):
