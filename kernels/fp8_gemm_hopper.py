@@ -191,17 +191,19 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
                                             use_acc=False, is_async=True)
                     scale = as_ring.index(chunk).reshape([64]).load(gl.SliceLayout(1, MMA))
                     if PLAN.tiles:
-                        b_scale = bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))
-                        scale = scale[:, None] * b_scale[None, :]
+                        b_scale = bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))[None, :]
                     else:
-                        scale = (scale * b_scale)[:, None]
+                        scale *= b_scale
                     product = warpgroup_mma_wait(0, deps=(product,))
                     if wave == WAVES - 1:
                         mbarrier.arrive(empty.index(stage), count=1)
+                    scaled = product * scale[:, None]
+                    if PLAN.tiles:
+                        scaled *= b_scale
                     if wave == 0:
-                        sum0 += product * scale
+                        sum0 += scaled
                     else:
-                        sum1 += product * scale
+                        sum1 += scaled
                 step += 1
             if PLAN.accumulate:
                 mbarrier.wait(old, count & 1)
