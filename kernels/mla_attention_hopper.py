@@ -1,14 +1,15 @@
-"""The forward pass of `mla_attention` on Hopper, with warps that specialise.
+"""The kernels of `mla_attention` on Hopper, with warps that specialise.
 
-The readable kernel in mla_attention.py makes all warps of a program multiply together and then take exponentials
-together, while the tensor cores wait. Here they have parts of their own:
+The readable kernels in mla_attention.py make all warps of a program multiply together and then take exponentials
+together, while the tensor cores wait. Here the warps of a program have parts of their own:
 
-    producer     one warp: copies queries once, then keys and values into rings of shared memory (TMA)
-    consumers    two groups of four warps, with 64 queries each
+    producer     one warp: copies what the consumers need into shared memory (TMA), as fast as they make room
+    consumers    two groups of four warps: each owns 64 of the program's 128 queries (`_backward_keys`: keys)
 
-A consumer asks for the logits of the next block of keys and for the sum of values of the last one, and takes the
-exponentials between: the tensor cores have work in the meantime, from the other consumer as well. Blocks of keys are
-taken from the diagonal down, so that only the first needs the causal mask.
+A consumer that takes exponentials leaves the tensor cores to the other. What all steps need (the 64 rows of both
+consumers) is copied once; what they pass along goes through rings, with two barriers for every stage: one tells that
+it is full, the other that both consumers are done with it. Keys are taken from the diagonal down and queries from the
+diagonal up, so that only the first steps need the causal mask.
 """
 
 from torch import Tensor
@@ -23,56 +24,91 @@ try:
 except ImportError:
     gluon = gl = triton   # whatever stands there for a missing Triton
 
-BLOCK = 128              # queries, and keys, of a program's step
-REGISTERS = 168, 240     # of a thread at the start, when all have the same number, and of a consumer's later
+ROWS = 64                # of one consumer
+BLOCK = 128              # rows of a program
+START, CONSUMER, PRODUCER = 168, 240, 24    # registers of a thread: all at first, then each by its part
 
 
 @gluon.jit
-def _produce(Q, QR, K, R, V, first, m, head, buffers, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
-             STAGES: gl.constexpr, LATE: gl.constexpr):
-    """Queries, then blocks of keys and of values from the diagonal down, as fast as the rings become empty."""
-    q_nope, q_rope, k_nope, k_rope, v, q_full, k_full, k_empty, v_full, v_empty = buffers
-    mbarrier.expect(q_full, 128 * (NOPE + ROPE) * 2)
-    for part in gl.static_range(2):
-        row = first + m + 64 * part
-        tma.async_copy_global_to_shared(Q, [row, head * (NOPE + ROPE)], q_full, q_nope.index(part))
-        tma.async_copy_global_to_shared(QR, [row, head * (NOPE + ROPE) + NOPE], q_full, q_rope.index(part))
-    column = head * (NOPE + VALUE)
-    for i in range(m // 128 + 1):
+def _barriers(STAGES: gl.constexpr):
+    """For every stage of a ring: it is full; it is empty, once both consumers say so."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    return full, empty
+
+
+@gluon.jit
+def _await(barriers, i, STAGES: gl.constexpr):
+    """Waits until step i's stage is full, or empty again after so many steps."""
+    mbarrier.wait(barriers.index(i % STAGES), i // STAGES & 1)
+
+
+@gluon.jit
+def _sequence(Offsets):
+    """First row and length of this program's sequence."""
+    first = gl.load(Offsets + gl.program_id(2)).to(gl.int32)
+    return first, gl.load(Offsets + gl.program_id(2) + 1).to(gl.int32) - first
+
+
+@gluon.jit
+def _fetch(X, row, column, full, tiles):
+    """Copies 64 rows for each consumer; the bytes were announced."""
+    tma.async_copy_global_to_shared(X, [row, column], full, tiles.index(0))
+    tma.async_copy_global_to_shared(X, [row + 64, column], full, tiles.index(1))
+
+
+@gluon.jit
+def _produce_keys(K, R, V, first, m, column, tiles, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
+                  KEYS: gl.constexpr, STAGES: gl.constexpr):
+    """Blocks of keys and of values, from the last that a block of queries at m sees down to the first."""
+    k_nope, k_rope, v, k_full, k_empty, v_full, v_empty = tiles
+    for i in range((m + 128) // KEYS):
         stage = i % STAGES
-        free = (i // STAGES & 1) ^ 1
-        row = first + m - i * 128
-        mbarrier.wait(k_empty.index(stage), free)
-        mbarrier.expect(k_full.index(stage), 128 * (NOPE + ROPE) * 2)
+        row = first + m + 128 - (i + 1) * KEYS
+        _await(k_empty, i + STAGES, STAGES)
+        mbarrier.expect(k_full.index(stage), KEYS * (NOPE + ROPE) * 2)
         tma.async_copy_global_to_shared(K, [row, column], k_full.index(stage), k_nope.index(stage))
         tma.async_copy_global_to_shared(R, [row, 0], k_full.index(stage), k_rope.index(stage))
-        mbarrier.wait(v_empty.index(stage), free)
-        mbarrier.expect(v_full.index(stage), 128 * VALUE * 2)
+        _await(v_empty, i + STAGES, STAGES)
+        mbarrier.expect(v_full.index(stage), KEYS * VALUE * 2)
         tma.async_copy_global_to_shared(V, [row, column + NOPE], v_full.index(stage), v.index(stage))
 
 
 @gluon.jit
-def _logits(q_nope, q_rope, k_nope, k_rope, LAYOUT: gl.constexpr):
-    """Asks the tensor cores for a block of logits, without their scale. Old logits as the accumulator, although not
-    used, would keep their registers, and ptxas would serialise the products."""
-    s = gl.zeros((64, 128), gl.float32, LAYOUT)
-    s = warpgroup_mma(q_nope, k_nope.permute((1, 0)), s, use_acc=False, is_async=True)
-    return warpgroup_mma(q_rope, k_rope.permute((1, 0)), s, is_async=True)
+def _logits(a_nope, a_rope, b_nope, b_rope, LAYOUT: gl.constexpr):
+    """Asks the tensor cores for a b^T, the part without position plus the rotary part. The accumulator is new each time:
+    the old one, although not used, would keep its registers, and ptxas would let all products wait for each other."""
+    COLUMNS: gl.constexpr = b_nope.shape[0]
+    s = gl.zeros((64, COLUMNS), gl.float32, LAYOUT)
+    s = warpgroup_mma(a_nope, b_nope.permute((1, 0)), s, use_acc=False, is_async=True)
+    return warpgroup_mma(a_rope, b_rope.permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
-def _consume(part: gl.constexpr, O, L, first, length, m, head, tokens, heads, scale, buffers, VALUE: gl.constexpr,
-             STAGES: gl.constexpr, LATE: gl.constexpr):
-    """The output of 64 queries."""
+def _store(X, values, first, row, length, width, column, LAYOUT: gl.constexpr):
+    """Writes rows of this sequence into X [N, width], from `column` on."""
+    row = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))[:, None]
+    at = (first + row).to(gl.int64) * width + column
+    at += gl.arange(0, values.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
+    gl.store(X + at, values.to(X.dtype.element_ty), mask=row < length)
+
+
+@gluon.jit
+def _attend(part: gl.constexpr, queries, tiles, turns, O, L, first, length, m, head, tokens, heads, scale,
+            VALUE: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
+    """The output of 64 queries. While a block's exponentials are taken, the last block's values are added up."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
-    q_nope, q_rope, k_nope, k_rope, v, q_full, k_full, k_empty, v_full, v_empty = buffers
+    q_nope, q_rope, q_full = queries
+    k_nope, k_rope, v, k_full, k_empty, v_full, v_empty = tiles
     q_nope, q_rope = q_nope.index(part), q_rope.index(part)
     query = m + 64 * part + gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
-    total = gl.zeros((64, VALUE), gl.float32, VALUES)
-    mbarrier.wait(q_full, 0)
-    mbarrier.wait(k_full.index(0), 0)
+    mbarrier.wait(q_full.index(0), 0)
+    _await(k_full, 0, STAGES)
     s = warpgroup_mma_wait(0, deps=(_logits(q_nope, q_rope, k_nope.index(0), k_rope.index(0), LOGITS),))
     mbarrier.arrive(k_empty.index(0), count=1)
     key = m + gl.arange(0, 128, gl.SliceLayout(0, LOGITS))
@@ -81,13 +117,20 @@ def _consume(part: gl.constexpr, O, L, first, length, m, head, tokens, heads, sc
     p = gl.exp2(s * scale - highest[:, None])
     weight = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(v.dtype), WEIGHTS)
-    for i in range(1, m // 128 + 1):
-        stage, phase = i % STAGES, i // STAGES & 1
-        before, phase_before = (i - 1) % STAGES, (i - 1) // STAGES & 1
-        mbarrier.wait(k_full.index(stage), phase)
+    total = gl.zeros((64, VALUE), gl.float32, VALUES)
+    last = m // 128
+    if last > 0:
+        _await(k_full, 1, STAGES)
+    for i in range(1, last + 1):
+        stage = i % STAGES
+        before = (i - 1) % STAGES
+        if TURNS:
+            mbarrier.wait(turns.index(part), (i + part) & 1)
         s = _logits(q_nope, q_rope, k_nope.index(stage), k_rope.index(stage), LOGITS)
-        mbarrier.wait(v_full.index(before), phase_before)
+        _await(v_full, i - 1, STAGES)
         total = warpgroup_mma(weights, v.index(before), total, is_async=True)
+        if TURNS:
+            mbarrier.arrive(turns.index(1 - part), count=1)
         s = warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         higher = gl.maximum(highest, gl.max(s, 1) * scale)
@@ -95,78 +138,312 @@ def _consume(part: gl.constexpr, O, L, first, length, m, head, tokens, heads, sc
         shrink = gl.exp2(highest - higher)
         weight = weight * shrink + gl.sum(p, 1)
         highest = higher
-        if LATE:
-            mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i < m // 128)
-        total, p = warpgroup_mma_wait(0, deps=(total, p))
+        if i < last:                           # ptxas moves no exponential across this; without it they would wait
+            _await(k_full, i + 1, STAGES)      # for the sum of values
+        total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(v_empty.index(before), count=1)
         total *= gl.convert_layout(shrink, gl.SliceLayout(1, VALUES))[:, None]
         weights = gl.convert_layout(p.to(v.dtype), WEIGHTS)
-    last = m // 128
-    mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
+    _await(v_full, last, STAGES)
     total = warpgroup_mma_wait(0, deps=(warpgroup_mma(weights, v.index(last % STAGES), total, is_async=True),))
     gl.store(L + head.to(gl.int64) * tokens + first + query, highest + gl.log2(weight), mask=query < length)
     total *= gl.convert_layout(1 / weight, gl.SliceLayout(1, VALUES))[:, None]
-    row = m + 64 * part + gl.arange(0, 64, gl.SliceLayout(1, VALUES))
-    at = (first + row).to(gl.int64)[:, None] * heads * VALUE + head * VALUE
-    at += gl.arange(0, VALUE, gl.SliceLayout(0, VALUES))[None, :]
-    gl.store(O + at, total.to(v.dtype), mask=row[:, None] < length)
+    _store(O, total, first, query, length, heads * VALUE, head * VALUE, VALUES)
 
 
 @gluon.jit
-def _part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
-          Q, QR, K, R, V, O, L, first, length, m, head, tokens, heads, scale, buffers):
-    """Two consumers and the producer; a block behind the end of its sequence has nothing to do."""
+def _forward_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
+                  STAGES: gl.constexpr, TURNS: gl.constexpr, Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale,
+                  queries, tiles, turns):
+    """The last block of queries, which sees most keys, starts first; behind a sequence's end there is nothing to do."""
+    first, length = _sequence(Offsets)
+    m = (gl.num_programs(0) - 1 - gl.program_id(0)) * 128
+    head = gl.program_id(1)
     if m < length:
         if part == 2:
-            _produce(Q, QR, K, R, V, first, m, head, buffers, NOPE, ROPE, VALUE, STAGES, LATE)
+            q_nope, q_rope, q_full = queries
+            mbarrier.expect(q_full.index(0), 128 * (NOPE + ROPE) * 2)
+            _fetch(Q, first + m, head * (NOPE + ROPE), q_full.index(0), q_nope)
+            _fetch(QR, first + m, head * (NOPE + ROPE) + NOPE, q_full.index(0), q_rope)
+            _produce_keys(K, R, V, first, m, head * (NOPE + VALUE), tiles, NOPE, ROPE, VALUE, 128, STAGES)
         else:
-            _consume(part, O, L, first, length, m, head, tokens, heads, scale, buffers, VALUE, STAGES, LATE)
+            _attend(part, queries, tiles, turns, O, L, first, length, m, head, tokens, heads, scale, VALUE, STAGES, TURNS)
 
 
 @gluon.jit
 def _forward(Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, NOPE: gl.constexpr, ROPE: gl.constexpr,
-             VALUE: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr):
-    """A block of queries of one head; the last one, with the most keys, starts first."""
+             VALUE: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
+    """A block of queries of one head."""
     q_nope = gl.allocate_shared_memory(Q.dtype, [2, 64, NOPE], Q.layout)
     q_rope = gl.allocate_shared_memory(Q.dtype, [2, 64, ROPE], QR.layout)
     k_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, NOPE], K.layout)
     k_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, ROPE], R.layout)
     v = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, VALUE], V.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2)
-    buffers = q_nope, q_rope, k_nope, k_rope, v, q_full, k_full, k_empty, v_full, v_empty
-    sequence = gl.program_id(2)
-    first = gl.load(Offsets + sequence).to(gl.int32)
-    length = gl.load(Offsets + sequence + 1).to(gl.int32) - first
+    q_full, _ = _barriers(1)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
+    inputs = (Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, (q_nope, q_rope, q_full),
+              (k_nope, k_rope, v) + _barriers(STAGES) + _barriers(STAGES), turns)
+    gl.warp_specialize([(_forward_part, (part, NOPE, ROPE, VALUE, STAGES, TURNS) + inputs) for part in (0, 1, 2)],
+                       [4, 1], [240, 24])
+
+
+@gluon.jit
+def _dq_step(i, dq_nope, dq_rope, queries, tiles, lse, delta, query, m, scale, DIAGONAL: gl.constexpr,
+             STAGES: gl.constexpr, LOGITS: gl.constexpr, SLOPES: gl.constexpr):
+    """Adds what 64 keys give to dq."""
+    q_nope, q_rope, do = queries
+    k_nope, k_rope, v, k_full, k_empty, v_full, v_empty = tiles
+    stage = i % STAGES
+    _await(k_full, i, STAGES)
+    s = _logits(q_nope, q_rope, k_nope.index(stage), k_rope.index(stage), LOGITS)
+    _await(v_full, i, STAGES)
+    dp = gl.zeros((64, 64), gl.float32, LOGITS)
+    dp = warpgroup_mma(do, v.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    p = gl.exp2(s * scale - lse[:, None])
+    if DIAGONAL:
+        key = m + 64 - i * 64 + gl.arange(0, 64, gl.SliceLayout(0, LOGITS))
+        p = gl.where(key[None, :] <= query[:, None], p, 0.0)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    mbarrier.arrive(v_empty.index(stage), count=1)
+    ds = gl.convert_layout((p * (dp - delta[:, None])).to(v.dtype), SLOPES)
+    dq_nope = warpgroup_mma(ds, k_nope.index(stage), dq_nope, is_async=True)
+    dq_rope = warpgroup_mma(ds, k_rope.index(stage), dq_rope, is_async=True)
+    dq_nope, dq_rope = warpgroup_mma_wait(0, deps=(dq_nope, dq_rope))
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    return dq_nope, dq_rope
+
+
+@gluon.jit
+def _dq(part: gl.constexpr, queries, tiles, O, L, Delta, DQ, first, length, m, head, tokens, heads, scale, factor,
+        NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr):
+    """dq and delta of 64 queries."""
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    NOPES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NOPE, 16])
+    ROPES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROPE, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE, 16])
+    SLOPES: gl.constexpr = gl.DotOperandLayout(0, NOPES, 2)
+    q_nope, q_rope, do, q_full = queries
+    q_nope, q_rope, do = q_nope.index(part), q_rope.index(part), do.index(part)
+    query = m + 64 * part + gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
+    row = gl.convert_layout(query, gl.SliceLayout(1, VALUES))[:, None]
+    at = ((first + row).to(gl.int64) * heads + head) * VALUE + gl.arange(0, VALUE, gl.SliceLayout(0, VALUES))[None, :]
+    o = gl.load(O + at, mask=row < length, other=0.0)
+    mine = head.to(gl.int64) * tokens + first + query
+    lse = gl.load(L + mine, mask=query < length, other=float("inf"))
+    mbarrier.wait(q_full.index(0), 0)
+    delta = gl.sum(o.to(gl.float32) * do.load(VALUES).to(gl.float32), 1)
+    delta = gl.convert_layout(delta, gl.SliceLayout(1, LOGITS))
+    gl.store(Delta + mine, delta, mask=query < length)
+    dq_nope = gl.zeros((64, NOPE), gl.float32, NOPES)
+    dq_rope = gl.zeros((64, ROPE), gl.float32, ROPES)
+    for i in range(0, 2):
+        dq_nope, dq_rope = _dq_step(i, dq_nope, dq_rope, (q_nope, q_rope, do), tiles, lse, delta, query, m, scale,
+                                    True, STAGES, LOGITS, SLOPES)
+    for i in range(2, m // 64 + 2):
+        dq_nope, dq_rope = _dq_step(i, dq_nope, dq_rope, (q_nope, q_rope, do), tiles, lse, delta, query, m, scale,
+                                    False, STAGES, LOGITS, SLOPES)
+    column = head * (NOPE + ROPE)
+    _store(DQ, dq_nope * factor, first, query, length, heads * (NOPE + ROPE), column, NOPES)
+    _store(DQ, dq_rope * factor, first, query, length, heads * (NOPE + ROPE), column + NOPE, ROPES)
+
+
+@gluon.jit
+def _queries_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
+                  Q, QR, K, R, V, DO, O, L, Delta, DQ, Offsets, tokens, heads, scale, factor, queries, tiles):
+    """As in `_forward_part`."""
+    first, length = _sequence(Offsets)
     m = (gl.num_programs(0) - 1 - gl.program_id(0)) * 128
-    inputs = Q, QR, K, R, V, O, L, first, length, m, gl.program_id(1), tokens, heads, scale, buffers
-    gl.warp_specialize([(_part, (part, NOPE, ROPE, VALUE, STAGES, LATE) + inputs) for part in (0, 1, 2)],
+    head = gl.program_id(1)
+    if m < length:
+        if part == 2:
+            q_nope, q_rope, do, q_full = queries
+            mbarrier.expect(q_full.index(0), 128 * (NOPE + ROPE + VALUE) * 2)
+            _fetch(Q, first + m, head * (NOPE + ROPE), q_full.index(0), q_nope)
+            _fetch(QR, first + m, head * (NOPE + ROPE) + NOPE, q_full.index(0), q_rope)
+            _fetch(DO, first + m, head * VALUE, q_full.index(0), do)
+            _produce_keys(K, R, V, first, m, head * (NOPE + VALUE), tiles, NOPE, ROPE, VALUE, 64, STAGES)
+        else:
+            _dq(part, queries, tiles, O, L, Delta, DQ, first, length, m, head, tokens, heads, scale, factor,
+                NOPE, ROPE, VALUE, STAGES)
+
+
+@gluon.jit
+def _backward_queries(Q, QR, K, R, V, DO, O, L, Delta, DQ, Offsets, tokens, heads, scale, factor, NOPE: gl.constexpr,
+                      ROPE: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr):
+    """dq of a block of queries of one head, and delta for `_backward_keys`."""
+    q_nope = gl.allocate_shared_memory(Q.dtype, [2, 64, NOPE], Q.layout)
+    q_rope = gl.allocate_shared_memory(Q.dtype, [2, 64, ROPE], QR.layout)
+    do = gl.allocate_shared_memory(Q.dtype, [2, 64, VALUE], DO.layout)
+    k_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, 64, NOPE], K.layout)
+    k_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, 64, ROPE], R.layout)
+    v = gl.allocate_shared_memory(Q.dtype, [STAGES, 64, VALUE], V.layout)
+    q_full, _ = _barriers(1)
+    inputs = (Q, QR, K, R, V, DO, O, L, Delta, DQ, Offsets, tokens, heads, scale, factor, (q_nope, q_rope, do, q_full),
+              (k_nope, k_rope, v) + _barriers(STAGES) + _barriers(STAGES))
+    gl.warp_specialize([(_queries_part, (part, NOPE, ROPE, VALUE, STAGES) + inputs) for part in (0, 1, 2)],
+                       [4, 1], [240, 24])
+
+
+@gluon.jit
+def _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, L, Delta, key, n, length, scale, DIAGONAL: gl.constexpr,
+             QUERIES: gl.constexpr, STAGES: gl.constexpr, LOGITS: gl.constexpr, WEIGHTS: gl.constexpr,
+             SLOPES: gl.constexpr):
+    """Adds what a few queries give to dk and dv; logits stand here with keys as rows."""
+    k_nope, k_rope, v = keys
+    q_nope, q_rope, do, full, empty = tiles
+    stage = i % STAGES
+    query = n + i * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, LOGITS))
+    lse = gl.load(L + query, mask=query < length, other=float("inf"))
+    _await(full, i, STAGES)
+    s = _logits(k_nope, k_rope, q_nope.index(stage), q_rope.index(stage), LOGITS)
+    dp = gl.zeros((64, QUERIES), gl.float32, LOGITS)
+    dp = warpgroup_mma(v, do.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    delta = gl.load(Delta + query, mask=query < length, other=0.0)
+    p = gl.exp2(s * scale - lse[None, :])
+    if DIAGONAL:
+        p = gl.where(key[:, None] <= query[None, :], p, 0.0)
+    dv = warpgroup_mma(gl.convert_layout(p.to(do.dtype), WEIGHTS), do.index(stage), dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    ds = gl.convert_layout((p * (dp - delta[None, :])).to(do.dtype), SLOPES)
+    dk_nope = warpgroup_mma(ds, q_nope.index(stage), dk_nope, is_async=True)
+    dk_rope = warpgroup_mma(ds, q_rope.index(stage), dk_rope, is_async=True)
+    dk_nope, dk_rope, dv = warpgroup_mma_wait(0, deps=(dk_nope, dk_rope, dv))
+    mbarrier.arrive(empty.index(stage), count=1)
+    return dk_nope, dk_rope, dv
+
+
+@gluon.jit
+def _dk(part: gl.constexpr, keys, tiles, L, Delta, DKV, DR, first, length, n, head, tokens, heads, scale, factor,
+        NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr):
+    """dk and dv of 64 keys."""
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
+    NOPES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NOPE, 16])
+    ROPES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROPE, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
+    SLOPES: gl.constexpr = gl.DotOperandLayout(0, NOPES, 2)
+    k_nope, k_rope, v, k_full = keys
+    keys = k_nope.index(part), k_rope.index(part), v.index(part)
+    L += head.to(gl.int64) * tokens + first
+    Delta += head.to(gl.int64) * tokens + first
+    key = n + 64 * part + gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
+    dk_nope = gl.zeros((64, NOPE), gl.float32, NOPES)
+    dk_rope = gl.zeros((64, ROPE), gl.float32, ROPES)
+    dv = gl.zeros((64, VALUE), gl.float32, VALUES)
+    mbarrier.wait(k_full.index(0), 0)
+    steps = gl.cdiv(length - n, QUERIES)
+    diagonal = gl.minimum(128 // QUERIES, steps)
+    for i in range(0, diagonal):
+        dk_nope, dk_rope, dv = _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, L, Delta, key, n, length, scale,
+                                        True, QUERIES, STAGES, LOGITS, WEIGHTS, SLOPES)
+    for i in range(diagonal, steps):
+        dk_nope, dk_rope, dv = _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, L, Delta, key, n, length, scale,
+                                        False, QUERIES, STAGES, LOGITS, WEIGHTS, SLOPES)
+    column = head * (NOPE + VALUE)
+    _store(DKV, dk_nope * factor, first, key, length, heads * (NOPE + VALUE), column, NOPES)
+    _store(DKV, dv, first, key, length, heads * (NOPE + VALUE), column + NOPE, VALUES)
+    _store(DR, dk_rope * factor, first, key, length, heads * ROPE, head * ROPE, ROPES)
+
+
+@gluon.jit
+def _produce_queries(Q, QR, DO, first, length, n, head, tiles, NOPE: gl.constexpr, ROPE: gl.constexpr,
+                     VALUE: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr):
+    """Queries and slopes of the output, from the first query that sees the key at n to the sequence's end."""
+    q_nope, q_rope, do, full, empty = tiles
+    for i in range(gl.cdiv(length - n, QUERIES)):
+        stage = i % STAGES
+        row = first + n + i * QUERIES
+        _await(empty, i + STAGES, STAGES)
+        mbarrier.expect(full.index(stage), QUERIES * (NOPE + ROPE + VALUE) * 2)
+        tma.async_copy_global_to_shared(Q, [row, head * (NOPE + ROPE)], full.index(stage), q_nope.index(stage))
+        tma.async_copy_global_to_shared(QR, [row, head * (NOPE + ROPE) + NOPE], full.index(stage), q_rope.index(stage))
+        tma.async_copy_global_to_shared(DO, [row, head * VALUE], full.index(stage), do.index(stage))
+
+
+@gluon.jit
+def _keys_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, QUERIES: gl.constexpr,
+               STAGES: gl.constexpr, Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads, scale, factor, keys,
+               tiles):
+    """The first block of keys, which most queries see, starts first."""
+    first, length = _sequence(Offsets)
+    n = gl.program_id(0) * 128
+    head = gl.program_id(1)
+    if n < length:
+        if part == 2:
+            k_nope, k_rope, v, k_full = keys
+            mbarrier.expect(k_full.index(0), 128 * (NOPE + ROPE + VALUE) * 2)
+            _fetch(K, first + n, head * (NOPE + VALUE), k_full.index(0), k_nope)
+            _fetch(R, first + n, 0, k_full.index(0), k_rope)
+            _fetch(V, first + n, head * (NOPE + VALUE) + NOPE, k_full.index(0), v)
+            _produce_queries(Q, QR, DO, first, length, n, head, tiles, NOPE, ROPE, VALUE, QUERIES, STAGES)
+        else:
+            _dk(part, keys, tiles, L, Delta, DKV, DR, first, length, n, head, tokens, heads, scale, factor,
+                NOPE, ROPE, VALUE, QUERIES, STAGES)
+
+
+@gluon.jit
+def _backward_keys(Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads, scale, factor, NOPE: gl.constexpr,
+                   ROPE: gl.constexpr, VALUE: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr):
+    """dk and dv of a block of keys of one head; this head's part of the rotary key's gradient goes to DR [N, H, dr]."""
+    k_nope = gl.allocate_shared_memory(Q.dtype, [2, 64, NOPE], K.layout)
+    k_rope = gl.allocate_shared_memory(Q.dtype, [2, 64, ROPE], R.layout)
+    v = gl.allocate_shared_memory(Q.dtype, [2, 64, VALUE], V.layout)
+    q_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, QUERIES, NOPE], Q.layout)
+    q_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, QUERIES, ROPE], QR.layout)
+    do = gl.allocate_shared_memory(Q.dtype, [STAGES, QUERIES, VALUE], DO.layout)
+    k_full, _ = _barriers(1)
+    inputs = (Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads, scale, factor, (k_nope, k_rope, v, k_full),
+              (q_nope, q_rope, do) + _barriers(STAGES))
+    gl.warp_specialize([(_keys_part, (part, NOPE, ROPE, VALUE, QUERIES, STAGES) + inputs) for part in (0, 1, 2)],
                        [4, 1], [240, 24])
 
 
 def forward(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
-            out: Tensor, lse: Tensor, stages: int = 2, late: bool = True) -> None:
-    """Fills out [N, H, dv] and lse [H, N]; scale goes with exp2. query and key_value are [N, H * width] here."""
-    tokens, heads, value = out.shape
-    rope = rope_key.shape[1]
-    nope = query.shape[1] // heads - rope
-    _forward[(triton.cdiv(max_length, BLOCK), heads, len(offsets) - 1)](
-        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, BLOCK, nope), _box(rope_key, BLOCK, rope),
-        _box(key_value, BLOCK, value), out, lse, offsets, tokens, heads, scale, nope, rope, value, stages, late,
-        num_warps=4, maxnreg=REGISTERS[0])
+            out: Tensor, lse: Tensor, stages: int = 2, turns: bool = False) -> None:
+    """Fills out and lse; scale goes with exp2."""
+    (tokens, heads, value), rope = out.shape, rope_key.shape[1]
+    nope = query.shape[2] - rope
+    _forward[_grid(max_length, out, offsets)](
+        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, 128, nope), _box(rope_key, 128, rope),
+        _box(key_value, 128, value), out, lse, offsets, tokens, heads, scale, nope, rope, value, stages, turns,
+        num_warps=4, maxnreg=START)
+
+
+def backward_queries(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
+                     factor: float, out: Tensor, lse: Tensor, slope: Tensor, delta: Tensor, d_query: Tensor,
+                     stages: int = 3) -> None:
+    """Fills delta and d_query."""
+    (tokens, heads, value), rope = out.shape, rope_key.shape[1]
+    nope = query.shape[2] - rope
+    _backward_queries[_grid(max_length, out, offsets)](
+        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, 64, nope), _box(rope_key, 64, rope),
+        _box(key_value, 64, value), _box(slope, 64, value), out, lse, delta, d_query, offsets, tokens, heads, scale,
+        factor, nope, rope, value, stages, num_warps=4, maxnreg=START)
+
+
+def backward_keys(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
+                  factor: float, lse: Tensor, slope: Tensor, delta: Tensor, d_key_value: Tensor, d_rope_keys: Tensor,
+                  queries: int = 32, stages: int = 5) -> None:
+    """Fills d_key_value and each head's d_rope_keys."""
+    (tokens, heads, value), rope = slope.shape, rope_key.shape[1]
+    nope = query.shape[2] - rope
+    _backward_keys[_grid(max_length, slope, offsets)](
+        _box(query, queries, nope), _box(query, queries, rope), _box(key_value, 64, nope), _box(rope_key, 64, rope),
+        _box(key_value, 64, value), _box(slope, queries, value), lse, delta, d_key_value, d_rope_keys, offsets,
+        tokens, heads, scale, factor, nope, rope, value, queries, stages, num_warps=4, maxnreg=START)
+
+
+def _grid(max_length: int, out: Tensor, offsets: Tensor) -> tuple[int, int, int]:
+    return triton.cdiv(max_length, BLOCK), out.shape[1], len(offsets) - 1
 
 
 def _box(x: Tensor, rows: int, columns: int) -> "TensorDescriptor":
     """What TMA needs to copy blocks of x; its swizzle keeps rows of a tile out of each other's banks."""
+    x = x.flatten(1)
     swizzle = min(columns * x.itemsize, 128)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.itemsize, rank=2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
