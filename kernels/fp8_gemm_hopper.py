@@ -28,8 +28,8 @@ after the last end are left as they are.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from .backend import processors, triton
@@ -43,22 +43,26 @@ try:
 except ImportError:
     gluon = gl = triton   # whatever stands there for a missing Triton
 
+SHARED = 232_448 - 2048    # bytes of shared memory of a multiprocessor, less what barriers and the like take
+TILES = ((16, 1, 1), (32, 1, 1), (64, 1, 1), (128, 1, 1), (32, 2, 1), (64, 2, 1), (128, 2, 1), (128, 3, 1), (128, 2, 2))
+
 
 @dataclass(frozen=True)
 class Plan:
     """All that is decided before a launch. A consumer computes `waves` times 64 rows, one after the other."""
 
-    columns: int = 128         # of a tile of out
-    consumers: int = 2
-    waves: int = 1
-    stages: int = 4            # of the ring in shared memory
-    band: int = 8              # rows of tiles that are walked together, so that they share tiles of b in L2
-    groups: str = "none"       # what `ends` divides among the experts: nothing, "rows" of a or the "depth" K
-    tiles: bool = False        # b has scales for 1x128 tiles, instead of 128x128 blocks
-    accumulate: bool = False
+    columns: int        # of a tile of out
+    consumers: int
+    waves: int
+    item: int           # bytes of one value of out
+    tiles: bool         # b has scales of 1 x 128 tiles, not of 128 x 128 blocks
+    groups: str         # what `ends` divides among experts: nothing, "rows" of a and out, or "depth", the sum over K
+    accumulate: bool
+    band: int = 8       # rows of tiles that are walked together, so that they share tiles of b in L2
 
     @property
-    def chunks(self) -> int:   # of 64 rows, in a tile
+    def chunks(self) -> int:
+        """Of 64 rows, in a tile."""
         return self.consumers * self.waves
 
     @property
@@ -66,12 +70,18 @@ class Plan:
         return 64 * self.chunks
 
     @property
-    def bytes(self) -> int:    # that one stage of the ring receives
+    def bytes(self) -> int:
+        """What one stage of the ring receives: tiles of a and b, and their scales."""
         return (self.rows + self.columns) * 128 + 4 * self.rows + 4 * self.columns * self.tiles
 
     @property
+    def stages(self) -> int:
+        """As many as fit beside the tile of out."""
+        return min(16, (SHARED - self.rows * self.columns * self.item) // self.bytes)
+
+    @property
     def registers(self) -> tuple[int, int]:
-        """Registers of a thread at the start, when all have the same number, and of a consumer's later."""
+        """Of a thread when the program starts, when all must have as many, and of a consumer's thread afterwards."""
         return {1: (255, 255), 2: (168, 240), 3: (128, 160)}[self.consumers]
 
 
@@ -256,26 +266,49 @@ def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
 
 
 def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, accumulate: bool = False,
-         **options) -> None:
-    """Fills out, or adds to it."""
-    tiles = b_scales.shape == (triton.cdiv(a.shape[1], 128), len(b))
-    _launch(a, a_scales, b, b_scales, out, a_scales, 1, Plan(tiles=tiles, accumulate=accumulate, **options))
+         tile: tuple[int, int, int] | None = None) -> None:
+    """Fills out, or adds to it. `tile` is one of TILES, in place of the fastest."""
+    (M, K), N = a.shape, len(b)
+    tiles = b_scales.shape == (triton.cdiv(K, 128), N)
+    tile = tile or _fastest(M, N, K, 1, tiles or out.itemsize == 4, processors(a.device))
+    _launch(a, a_scales, b, b_scales, out, a_scales, 1, Plan(*tile, out.itemsize, tiles, "nothing", accumulate))
 
 
 def grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, out: Tensor,
-                 **options) -> None:
+                 tile: tuple[int, int, int] | None = None) -> None:
     """Fills the rows of out that belong to an expert."""
-    _launch(a, a_scales, b.flatten(0, 1), b_scales, out, ends, len(b), Plan(groups="rows", **options))
+    E, N, K = b.shape
+    tile = tile or _fastest(triton.cdiv(len(a), E), N, K, E, out.itemsize == 4, processors(a.device))
+    _launch(a, a_scales, b.view(E * N, K), b_scales, out, ends, E, Plan(*tile, out.itemsize, False, "rows", False))
 
 
 def grouped_wgrad(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, out: Tensor,
-                  accumulate: bool = True, **options) -> None:
-    """Fills out, or adds to it; M must be a multiple of 64."""
-    plan = Plan(groups="depth", tiles=True, accumulate=accumulate, **options)
-    _launch(a, a_scales, b, b_scales, out.flatten(0, 1), ends, len(out), plan)
+                  accumulate: bool = True, tile: tuple[int, int, int] | None = None) -> None:
+    """Fills out, or adds to it."""
+    E, M, N = out.shape
+    tile = tile or _fastest(M, N, triton.cdiv(a.shape[1], E), E, True, processors(a.device))
+    _launch(a, a_scales, b, b_scales, out.view(E * M, N), ends, E,
+            Plan(*tile, out.itemsize, True, "depth", accumulate))
 
 
-def _launch(a, a_scales, b, b_scales, out, ends, experts, plan: Plan) -> None:
+@lru_cache
+def _fastest(M: int, N: int, K: int, experts: int, small: bool, programs: int) -> tuple[int, int, int]:
+    """The one of TILES that takes the program with most of them the least time, by a model fitted to an H200: for every
+    block of K a tile takes rows * columns to multiply and 42 (rows + columns) to load, and 156 columns a wave to leave.
+
+    `small` tiles have at most 128 rows: scales of every column of b take registers, and FP32 results shared memory.
+    """
+    def time(tile: tuple[int, int, int]) -> int:
+        columns, consumers, waves = tile
+        rows = 64 * consumers * waves
+        turns = triton.cdiv(experts * triton.cdiv(M, rows) * triton.cdiv(N, columns), programs)
+        return turns * (triton.cdiv(K, 128) * (rows * columns + 42 * (rows + columns)) + 156 * columns * waves)
+
+    return min((tile for tile in TILES if not small or tile[1] * tile[2] <= 2), key=time)
+
+
+def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, ends: Tensor, experts: int,
+            plan: Plan) -> None:
     _multiply[(processors(a.device),)](
         _described(a, 64, 128), _described(a_scales, 1, 64), _described(b, plan.columns, 128),
         _described(b_scales, 1, plan.columns) if plan.tiles else b_scales, _described(out, 64, plan.columns), ends,
@@ -283,7 +316,12 @@ def _launch(a, a_scales, b, b_scales, out, ends, experts, plan: Plan) -> None:
 
 
 def _described(x: Tensor, rows: int, columns: int) -> "TensorDescriptor":
-    """What TMA needs to copy boxes of x; its swizzle keeps rows of a tile out of each other's banks."""
-    swizzle = min(columns * x.itemsize, 128) if rows >= 8 else 0
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.itemsize, rank=2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+    """What TMA needs to copy boxes of x."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], _layout(rows, columns, x.itemsize))
+
+
+@lru_cache
+def _layout(rows: int, columns: int, item: int) -> "gl.NVMMASharedLayout":
+    """A box in shared memory: swizzled, so that rows of a tile do not meet in the same banks."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(columns * item, 128) if rows >= 8 else 0,
+                                element_bitwidth=8 * item, rank=2)
