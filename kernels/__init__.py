@@ -9,6 +9,8 @@ from .backend import use_kernels, uses_triton
 from .contract import contract, linear
 from .cross_entropy import cross_entropy, cross_entropy_reference, linear_cross_entropy, linear_cross_entropy_reference
 from .fp8_gemm import fp8_gemm, fp8_gemm_reference
+from .fp8_grouped_gemm import (fp8_grouped_gemm, fp8_grouped_gemm_reference, fp8_grouped_wgrad,
+                               fp8_grouped_wgrad_reference)
 from .mla_attention import mla_attention, mla_attention_reference
 from .permute import (Permutation, permute, permute_reference, permute_tiles, permute_tiles_reference, sort_by_expert,
                       sort_by_expert_reference, unpermute, unpermute_reference)
@@ -22,7 +24,8 @@ from .swiglu_quantize import (swiglu_quantize, swiglu_quantize_backward, swiglu_
                               swiglu_quantize_reference)
 
 __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy_reference", "dequantize_blocks",
-           "dequantize_blocks_reference", "fp8_gemm", "fp8_gemm_reference", "linear", "linear_cross_entropy",
+           "dequantize_blocks_reference", "fp8_gemm", "fp8_gemm_reference", "fp8_grouped_gemm",
+           "fp8_grouped_gemm_reference", "fp8_grouped_wgrad", "fp8_grouped_wgrad_reference", "linear", "linear_cross_entropy",
            "linear_cross_entropy_reference", "mla_attention", "mla_attention_reference", "permute",
            "permute_reference", "permute_tiles",
            "permute_tiles_reference", "quantize_blocks", "quantize_blocks_reference", "quantize_columns",

@@ -151,7 +151,7 @@ def check_codes(name: str, **codes: Tensor) -> None:
     for letter, x in codes.items():
         if x.dtype != FP8 or x.dim() < 2:
             raise ValueError(f"{name} got {letter} {list(x.shape)} {x.dtype}; it needs a matrix of {FP8}")
-        if x.stride(-1) != 1 or x.stride(-2) % 16 or x.dim() == 3 and not x.is_contiguous():
+        if x.numel() and (x.stride(-1) != 1 or x.stride(-2) % 16 or x.dim() == 3 and not x.is_contiguous()):
             raise ValueError(f"{name} got {letter} with strides {list(x.stride())}; rows must be contiguous and start at "
                              f"multiples of 16 bytes, and experts must follow one another")
         if x.shape[-1] != width or width % 16:
@@ -162,7 +162,7 @@ def check_codes(name: str, **codes: Tensor) -> None:
 def check_scales(name: str, **scales: tuple[Tensor, list[int]]) -> None:
     """Raises ValueError unless each has its shape, in FP32."""
     for letter, (x, shape) in scales.items():
-        if x.dtype != torch.float32 or list(x.shape) != shape or x.stride(1) != 1 and x.shape[1] > 1:
+        if x.dtype != torch.float32 or list(x.shape) != shape or x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{name} got {letter} {list(x.shape)} {x.dtype} with strides {list(x.stride())}; "
                              f"it needs {shape} in torch.float32 with contiguous rows")
 
