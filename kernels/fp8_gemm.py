@@ -61,23 +61,35 @@ def place(t, rows, columns, BAND: tl.constexpr):
 
 
 @triton.jit
+def block_scales(AS, BS, k, last, row, column, a_line, b_line, rows, columns, TILES: tl.constexpr):
+    """The scales of A's rows and of B's, or of B's one block, in block k of K; none behind the last."""
+    a_scale = tl.load(AS + k * a_line + row, mask=(row < rows) & (k < last), other=0.0)
+    if TILES:
+        b_scale = tl.load(BS + k * b_line + column, mask=(column < columns) & (k < last), other=0.0)
+    else:
+        b_scale = tl.load(BS + k, mask=k < last, other=0.0)
+    return a_scale, b_scale
+
+
+@triton.jit
 def scaled_product(A, AS, B, BS, m, n, b_row, a_line, b_line, rows, columns, first, last, TILES: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr):
-    """The sum over blocks `first` to `last` for rows m.. of A and n.. of B, of which TMA knows the latter as b_row...
+    """The sum over blocks `first` to `last` of K for rows m.. of A and n.. of B, which are rows b_row.. of all experts'.
 
-    Scales of A, and of B if it has TILES, lie row beside row, a_line and b_line apart for each block. BS of 128 x 128
-    blocks points at the one line that belongs to these rows of B.
+    Scales of A, and of B if it has TILES, are a_line and b_line apart from one block to the next; otherwise BS is the
+    line of scales of these rows' blocks. They are asked for one block ahead: TMA brings codes earlier still.
     """
     row, column = m + tl.arange(0, BM), n + tl.arange(0, BN)
     total = tl.zeros((BM, BN), tl.float32)
+    a_scale, b_scale = block_scales(AS, BS, first, last, row, column, a_line, b_line, rows, columns, TILES)
     for k in range(first, last):
-        a_scale = tl.load(AS + k * a_line + row, mask=row < rows, other=0.0)
+        a_next, b_next = block_scales(AS, BS, k + 1, last, row, column, a_line, b_line, rows, columns, TILES)
         product = tl.dot(A.load([m, k * 128]), B.load([b_row, k * 128]).T)
         if TILES:
-            b_scale = tl.load(BS + k * b_line + column, mask=column < columns, other=0.0)
             total += product * (a_scale[:, None] * b_scale[None, :])
         else:
-            total += product * (a_scale * tl.load(BS + k))[:, None]
+            total += product * (a_scale * b_scale)[:, None]
+        a_scale, b_scale = a_next, b_next
     return total
 
 
@@ -91,7 +103,7 @@ def put(OUT, matrix, m, n, total, ADD: tl.constexpr):
 
 
 @triton.jit
-def _gemm(A, AS, B, BS, OUT, M, N, K, a_line, b_line, SPLITS: tl.constexpr, TILES: tl.constexpr, ADD: tl.constexpr,
+def _gemm(A, AS, B, BS, OUT, M, N, K, a_line, b_line, SPLITS, TILES: tl.constexpr, ADD: tl.constexpr,
           BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
     """Every program takes every n-th tile of every share of K."""
     rows, columns, blocks = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(K, 128)
