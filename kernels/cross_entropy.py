@@ -1,14 +1,17 @@
 """Cross-entropy over the vocabulary: -log softmax(logits)[target], in nats; alone, and fused with the output head.
 
-With 129,280 words the logits of one sequence of 4096 tokens weigh 2 GB in FP32, their gradient as much again.
-The fused form never holds them: it takes a few tokens at a time through head, softmax and both gradients while the
-chunk is in cache.
+    loss = log sum_j exp(l_j) - l_target         d loss / d l_j = softmax(l)_j - [j = target]
+
+With 129,280 words the logits of one sequence of 4096 tokens weigh 1 GB in BF16, and so does their gradient. The kernel
+writes the gradient over the logits. The fused form never holds either: it takes a few tokens at a time through head,
+softmax and both gradients while the chunk is in cache.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import tl, triton, uses_triton
 from .precision import wide
 
 CHUNK_VALUES = {"cpu": 2**21, "cuda": 2**28}   # logits held at once: about what a CPU's cache holds; 0.5 GB in bf16
@@ -19,12 +22,90 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     return -wide(logits).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
+@triton.jit
+def _loss(LOGITS, TARGETS, LOSS, LSE, stride, words, BLOCK: tl.constexpr):
+    """One token a program: the sum of exponentials grows block by block and shrinks when a larger logit appears."""
+    row = tl.program_id(0).to(tl.int64)
+    peak, total = float("-inf"), 0.0
+    for start in range(0, words, BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        x = tl.load(LOGITS + row * stride + word, mask=word < words, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(x))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher))
+        peak = higher
+    lse = peak + tl.log(total)
+    target = tl.load(TARGETS + row)
+    there = (target >= 0) & (target < words)
+    chosen = tl.load(LOGITS + row * stride + target, mask=there, other=float("nan")).to(tl.float32)
+    tl.store(LSE + row, lse)
+    tl.store(LOSS + row, lse - chosen)
+
+
+@triton.jit
+def _slope(LOGITS, TARGETS, LSE, WEIGHTS, stride, words, BLOCK: tl.constexpr):
+    """A token's gradient, times its weight, over its logits."""
+    row, word = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = LOGITS + row * stride + word
+    p = tl.exp(tl.load(at, mask=word < words, other=0.0).to(tl.float32) - tl.load(LSE + row))
+    slope = (p - tl.where(word == tl.load(TARGETS + row), 1.0, 0.0)) * tl.load(WEIGHTS + row)
+    tl.store(at, slope.to(LOGITS.dtype.element_ty), mask=word < words)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same through torch's own kernel; raises ValueError unless logits are [N, vocab] and targets [N]."""
+    """`cross_entropy_reference`; raises ValueError unless logits are [N, vocab] and targets [N].
+
+    Where the kernel computes, backward writes the gradient over the logits: afterwards they hold it, and torch refuses a
+    second backward. It gives NaN for a target outside the vocabulary, which torch refuses elsewhere.
+    """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"cross_entropy got logits {list(logits.shape)} and targets {list(targets.shape)}; "
                          "they must be [N, vocab] and [N]")
+    if uses_triton(logits, targets):
+        return _cross_entropy(logits if logits.stride(-1) == 1 else logits.contiguous(), targets)[0]
     return F.cross_entropy(wide(logits), targets, reduction="none")
+
+
+@torch.library.custom_op("minidsv3::cross_entropy", mutates_args=())
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses [N] and log sum exp of each row [N], in FP32."""
+    losses, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+    if len(logits):
+        _loss[(len(logits),)](logits, targets.contiguous(), losses, lse, logits.stride(0), logits.shape[1],
+                              **_block(logits, 8192))
+    return losses, lse
+
+
+@torch.library.custom_op("minidsv3::cross_entropy_backward", mutates_args=("logits",))
+def _cross_entropy_backward(logits: Tensor, targets: Tensor, lse: Tensor, weights: Tensor) -> None:
+    """Writes weights [N] times the gradient over the logits."""
+    if logits.numel():
+        options = _block(logits, 4096)
+        _slope[(len(logits), triton.cdiv(logits.shape[1], options["BLOCK"]))](
+            logits, targets.contiguous(), lse, weights.contiguous(), logits.stride(0), logits.shape[1], **options)
+
+
+def _block(logits: Tensor, most: int) -> dict[str, int]:
+    block = min(triton.next_power_of_2(logits.shape[1]), most)
+    return {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 8)}
+
+
+_cross_entropy.register_fake(
+    lambda logits, targets: tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2)))
+_cross_entropy_backward.register_fake(lambda logits, targets, lse, weights: None)
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _gradient(ctx, slope: Tensor, _) -> tuple:
+    logits, targets, lse = ctx.saved_tensors
+    logits = logits.detach()
+    _cross_entropy_backward(logits, targets, lse, slope)
+    return logits, None
+
+
+_cross_entropy.register_autograd(_gradient, setup_context=_keep)
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
@@ -65,14 +146,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for h, target, w, dh in zip(*(t.split(rows) for t in (hidden, targets, token_weights)),
                                         grad_hidden.split(rows) if learns else [None] * len(hidden)):
-                logits = wide(h @ weight.t())
-                target_logit = logits.gather(-1, target[:, None])
-                peak = logits.amax(-1, keepdim=True)
-                p = logits.sub_(peak).exp_()
-                norm = p.sum(-1, keepdim=True)
-                total += ((norm.log() + peak - target_logit).squeeze(-1) * w).sum()
-                if learns:   # d loss / d logits = (softmax - one_hot) * w, written over the logits
-                    slope = p.mul_(w[:, None] / norm).scatter_add_(-1, target[:, None], -w[:, None]).to(h.dtype)
+                loss, slope = _loss_and_slope(h @ weight.t(), target, w, learns)
+                total += loss
+                if learns:
                     torch.mm(slope, weight, out=dh)
                     grad_weight += slope.t() @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -84,3 +160,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, slope):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * slope, (grad_weight * slope).to(ctx.weight_dtype), None, None
+
+
+def _loss_and_slope(logits: Tensor, target: Tensor, w: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
+    """The weighted sum of the losses of a chunk, and its gradient by the logits, written over them."""
+    if uses_triton(logits, target):
+        losses, lse = _cross_entropy(logits, target)
+        if learns:
+            _cross_entropy_backward(logits, target, lse, w)
+        return (losses * w).sum(), logits
+    dtype, logits = logits.dtype, wide(logits)
+    target_logit = logits.gather(-1, target[:, None])
+    peak = logits.amax(-1, keepdim=True)
+    p = logits.sub_(peak).exp_()
+    norm = p.sum(-1, keepdim=True)
+    loss = ((norm.log() + peak - target_logit).squeeze(-1) * w).sum()
+    if not learns:
+        return loss, None
+    return loss, p.mul_(w[:, None] / norm).scatter_add_(-1, target[:, None], -w[:, None]).to(dtype)

@@ -16,6 +16,12 @@ def inputs_on(operation: Operation, case: str, dtype: torch.dtype, device: str) 
         return operation.cases[case](dtype)
 
 
+def fresh(inputs: tuple) -> tuple:
+    """Copies with the same strides: an operation may use up its inputs in backward."""
+    return tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x.detach())
+                 .requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs)
+
+
 def values_and_gradients(operation: Operation, function, inputs: tuple) -> list[Tensor]:
     """Results, then the gradients of all inputs that require one, against one fixed random cotangent."""
     results = outputs(function(*inputs, **operation.options))

@@ -14,7 +14,7 @@ from minidsv3.kernels.registry import OPERATIONS
 GATE = Path(__file__).with_name("compile_gate.py")
 SHARED_LIMIT = 232_448              # bytes of shared memory that one block may have on sm_90
 STACK_BUDGET: dict[tuple[str, str], tuple[int, str]] = {}   # (operation, kernel) -> bytes of stack allowed, and why
-NAMES = [name for name, operation in OPERATIONS.items() if operation.has_kernel]
+NAMES = [name for name, operation in OPERATIONS.items() if operation.has_kernel and operation.shapes]
 
 
 @cache
