@@ -1,0 +1,129 @@
+"""The specialised FP8 product, with every tile that it may choose: on a GPU. What it chooses: anywhere."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from minidsv3.kernels import fp8_gemm_hopper as hopper
+from minidsv3.kernels.backend import INTERPRETED
+from minidsv3.kernels.fp8_gemm import dequantize_tiles
+from minidsv3.kernels.quantize import dequantize_blocks_reference
+
+every_tile = pytest.mark.parametrize("tile", hopper.TILES, ids=str)
+small_tiles = pytest.mark.parametrize("tile", [t for t in hopper.TILES if t[1] * t[2] <= 2], ids=str)
+ENDS = [256, 256, 640, 1152]      # the second expert has no rows, the third 3 x 128
+ROOM = 1280
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+def codes(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(torch.float8_e4m3fn)
+
+
+def scales(*shape: int) -> torch.Tensor:
+    """Lines of any width that start at multiples of 16 bytes."""
+    *outer, width = shape
+    return (0.5 + torch.rand(*outer, -(-width // 4) * 4, device="cuda"))[..., :width]
+
+
+def assert_near(ours: torch.Tensor, definition: torch.Tensor) -> None:
+    """BF16 rounds by 2^-9 at most; the tensor cores lose less."""
+    error = (ours.float() - definition).norm() / definition.norm()
+    assert error < (2e-3 if ours.dtype == torch.bfloat16 else 5e-4), error
+
+
+@needs_gpu
+@every_tile
+def test_dense_product_of_uneven_sizes(tile):
+    M, N, K = 331, 328, 592
+    a, a_scales, b, b_scales = codes(M, K), scales(5, M), codes(N, K), scales(3, 5)
+    out = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
+    hopper.gemm(a, a_scales, b, b_scales.contiguous(), out, tile=tile)
+    assert_near(out, dequantize_tiles(a, a_scales) @ dequantize_blocks_reference(b, b_scales).T)
+
+
+@needs_gpu
+@small_tiles
+def test_tiles_of_both_and_adding_to_what_is_there(tile):
+    M, N, K = 331, 328, 592
+    a, a_scales, b, b_scales = codes(M, K), scales(5, M), codes(N, K), scales(5, N)
+    out, before = torch.empty(M, N, device="cuda"), torch.randn(M, N, device="cuda")
+    hopper.gemm(a, a_scales, b, b_scales, out, tile=tile)
+    assert_near(out, dequantize_tiles(a, a_scales) @ dequantize_tiles(b, b_scales).T)
+    added = before.clone()
+    hopper.gemm(a, a_scales, b, b_scales, added, accumulate=True, tile=tile)
+    assert torch.equal(added, out + before)
+
+
+@needs_gpu
+@every_tile
+@pytest.mark.parametrize("N", (328, 4096))
+def test_rows_of_experts(tile, N):
+    K = 384
+    a, a_scales, b, b_scales = codes(ROOM, K), scales(3, ROOM), codes(4, N, K), scales(4, -(-N // 128), 3).contiguous()
+    out = torch.full((ROOM, N), 7, dtype=torch.bfloat16, device="cuda")
+    hopper.grouped_gemm(a, a_scales, b, b_scales, torch.tensor(ENDS, dtype=torch.int32, device="cuda"), out, tile=tile)
+    rows = dequantize_tiles(a, a_scales)
+    for expert, (start, end) in enumerate(pairwise([0, *ENDS])):
+        weight = dequantize_blocks_reference(b[expert], b_scales[expert])
+        if start < end:
+            assert_near(out[start:end], rows[start:end] @ weight.T)
+    assert (out[ENDS[-1]:] == 7).all()
+
+
+@needs_gpu
+@small_tiles
+@pytest.mark.parametrize("N", (328, 4096))
+def test_weight_gradients_of_experts(tile, N):
+    M = 576
+    a, a_scales, b, b_scales = codes(M, ROOM), scales(10, M), codes(N, ROOM), scales(10, N)
+    ends = torch.tensor(ENDS, dtype=torch.int32, device="cuda")
+    out, before = torch.full((4, M, N), 7., device="cuda"), torch.randn(4, M, N, device="cuda")
+    hopper.grouped_wgrad(a, a_scales, b, b_scales, ends, out, accumulate=False, tile=tile)
+    left, right = dequantize_tiles(a, a_scales), dequantize_tiles(b, b_scales)
+    for expert, (start, end) in enumerate(pairwise([0, *ENDS])):
+        if start < end:
+            assert_near(out[expert], left[:, start:end] @ right[:, start:end].T)
+        else:
+            assert not out[expert].any()
+    added = before.clone()
+    hopper.grouped_wgrad(a, a_scales, b, b_scales, ends, added, tile=tile)
+    assert torch.equal(added, out + before)
+
+
+@needs_gpu
+@every_tile
+def test_many_turns_give_the_same_bits_in_every_run(tile):
+    M, N, K = 4096, 4096, 1024
+    inputs = codes(M, K), scales(8, M), codes(N, K), scales(32, 8)
+    first, again = torch.empty(2, M, N, dtype=torch.bfloat16, device="cuda")
+    hopper.gemm(*inputs, first, tile=tile)
+    for _ in range(10):
+        hopper.gemm(*inputs, again.fill_(torch.nan), tile=tile)
+        assert torch.equal(again, first)
+
+
+@every_tile
+@pytest.mark.parametrize("item, tiles", ((2, False), (2, True), (4, False), (4, True)))
+def test_at_least_three_stages_fit(tile, item, tiles):
+    columns, consumers, waves = tile
+    if consumers * waves <= 2 or item == 2 and not tiles:
+        plan = hopper.Plan(*tile, item, tiles, "nothing", False)
+        assert 3 <= plan.stages <= 16
+        assert plan.stages * plan.bytes + plan.rows * columns * item <= hopper.SHARED
+
+
+@pytest.mark.parametrize("size, rows", (((64, 4096, 7168), 64), ((128, 7168, 16384), 128), ((4096, 2112, 7168), 192),
+                                        ((4096, 7168, 16384), 256)))
+def test_rows_of_the_chosen_tile(size, rows):
+    """What was fastest on an H200."""
+    _, consumers, waves = hopper._fastest(*size, 1, False, 132)
+    assert 64 * consumers * waves == rows
+
+
+def test_small_tiles_where_asked_for():
+    assert hopper._fastest(4096, 7168, 16384, 1, True, 132) == (128, 2, 1)
