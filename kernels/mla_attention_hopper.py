@@ -30,12 +30,12 @@ START, CONSUMER, PRODUCER = 168, 240, 24    # registers of a thread: all at firs
 
 
 @gluon.jit
-def _barriers(STAGES: gl.constexpr):
-    """For every stage of a ring: it is full; it is empty, once both consumers say so."""
+def _barriers(STAGES: gl.constexpr, writers: gl.constexpr):
+    """For every stage of a ring: it is full, once all writers say so; it is empty, once both consumers say so."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=writers)
         mbarrier.init(empty.index(stage), count=2)
     return full, empty
 
@@ -179,12 +179,12 @@ def _forward(Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, NOPE: gl.const
     k_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, NOPE], K.layout)
     k_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, ROPE], R.layout)
     v = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, VALUE], V.layout)
-    q_full, _ = _barriers(1)
+    q_full, _ = _barriers(1, 1)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(turns.index(0), count=1)
     mbarrier.init(turns.index(1), count=1)
     inputs = (Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, (q_nope, q_rope, q_full),
-              (k_nope, k_rope, v) + _barriers(STAGES) + _barriers(STAGES), turns)
+              (k_nope, k_rope, v) + _barriers(STAGES, 1) + _barriers(STAGES, 1), turns)
     gl.warp_specialize([(_forward_part, (part, NOPE, ROPE, VALUE, STAGES, TURNS) + inputs) for part in (0, 1, 2)],
                        [4, 1], [240, 24])
 
@@ -280,35 +280,34 @@ def _backward_queries(Q, QR, K, R, V, DO, O, L, Delta, DQ, Offsets, tokens, head
     k_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, 64, NOPE], K.layout)
     k_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, 64, ROPE], R.layout)
     v = gl.allocate_shared_memory(Q.dtype, [STAGES, 64, VALUE], V.layout)
-    q_full, _ = _barriers(1)
+    q_full, _ = _barriers(1, 1)
     inputs = (Q, QR, K, R, V, DO, O, L, Delta, DQ, Offsets, tokens, heads, scale, factor, (q_nope, q_rope, do, q_full),
-              (k_nope, k_rope, v) + _barriers(STAGES) + _barriers(STAGES))
+              (k_nope, k_rope, v) + _barriers(STAGES, 1) + _barriers(STAGES, 1))
     gl.warp_specialize([(_queries_part, (part, NOPE, ROPE, VALUE, STAGES) + inputs) for part in (0, 1, 2)],
                        [4, 1], [240, 24])
 
 
 @gluon.jit
-def _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, L, Delta, key, n, length, scale, DIAGONAL: gl.constexpr,
+def _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, key, n, scale, DIAGONAL: gl.constexpr,
              QUERIES: gl.constexpr, STAGES: gl.constexpr, LOGITS: gl.constexpr, WEIGHTS: gl.constexpr,
              SLOPES: gl.constexpr):
     """Adds what a few queries give to dk and dv; logits stand here with keys as rows."""
     k_nope, k_rope, v = keys
-    q_nope, q_rope, do, full, empty = tiles
+    q_nope, q_rope, do, lse, delta, full, empty = tiles
     stage = i % STAGES
-    query = n + i * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, LOGITS))
-    lse = gl.load(L + query, mask=query < length, other=float("inf"))
+    ROW: gl.constexpr = gl.SliceLayout(0, LOGITS)
     _await(full, i, STAGES)
     s = _logits(k_nope, k_rope, q_nope.index(stage), q_rope.index(stage), LOGITS)
     dp = gl.zeros((64, QUERIES), gl.float32, LOGITS)
     dp = warpgroup_mma(v, do.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    delta = gl.load(Delta + query, mask=query < length, other=0.0)
-    p = gl.exp2(s * scale - lse[None, :])
+    p = gl.exp2(s * scale - lse.index(stage).load(ROW)[None, :])
     if DIAGONAL:
+        query = n + i * QUERIES + gl.arange(0, QUERIES, ROW)
         p = gl.where(key[:, None] <= query[None, :], p, 0.0)
     dv = warpgroup_mma(gl.convert_layout(p.to(do.dtype), WEIGHTS), do.index(stage), dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    ds = gl.convert_layout((p * (dp - delta[None, :])).to(do.dtype), SLOPES)
+    ds = gl.convert_layout((p * (dp - delta.index(stage).load(ROW)[None, :])).to(do.dtype), SLOPES)
     dk_nope = warpgroup_mma(ds, q_nope.index(stage), dk_nope, is_async=True)
     dk_rope = warpgroup_mma(ds, q_rope.index(stage), dk_rope, is_async=True)
     dk_nope, dk_rope, dv = warpgroup_mma_wait(0, deps=(dk_nope, dk_rope, dv))
@@ -317,7 +316,7 @@ def _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, L, Delta, key, n, length, sca
 
 
 @gluon.jit
-def _dk(part: gl.constexpr, keys, tiles, L, Delta, DKV, DR, first, length, n, head, tokens, heads, scale, factor,
+def _dk(part: gl.constexpr, keys, tiles, DKV, DR, first, length, n, head, heads, scale, factor,
         NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr):
     """dk and dv of 64 keys."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
@@ -328,8 +327,6 @@ def _dk(part: gl.constexpr, keys, tiles, L, Delta, DKV, DR, first, length, n, he
     SLOPES: gl.constexpr = gl.DotOperandLayout(0, NOPES, 2)
     k_nope, k_rope, v, k_full = keys
     keys = k_nope.index(part), k_rope.index(part), v.index(part)
-    L += head.to(gl.int64) * tokens + first
-    Delta += head.to(gl.int64) * tokens + first
     key = n + 64 * part + gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
     dk_nope = gl.zeros((64, NOPE), gl.float32, NOPES)
     dk_rope = gl.zeros((64, ROPE), gl.float32, ROPES)
@@ -338,10 +335,10 @@ def _dk(part: gl.constexpr, keys, tiles, L, Delta, DKV, DR, first, length, n, he
     steps = gl.cdiv(length - n, QUERIES)
     diagonal = gl.minimum(128 // QUERIES, steps)
     for i in range(0, diagonal):
-        dk_nope, dk_rope, dv = _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, L, Delta, key, n, length, scale,
+        dk_nope, dk_rope, dv = _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, key, n, scale,
                                         True, QUERIES, STAGES, LOGITS, WEIGHTS, SLOPES)
     for i in range(diagonal, steps):
-        dk_nope, dk_rope, dv = _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, L, Delta, key, n, length, scale,
+        dk_nope, dk_rope, dv = _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, key, n, scale,
                                         False, QUERIES, STAGES, LOGITS, WEIGHTS, SLOPES)
     column = head * (NOPE + VALUE)
     _store(DKV, dk_nope * factor, first, key, length, heads * (NOPE + VALUE), column, NOPES)
@@ -350,10 +347,10 @@ def _dk(part: gl.constexpr, keys, tiles, L, Delta, DKV, DR, first, length, n, he
 
 
 @gluon.jit
-def _produce_queries(Q, QR, DO, first, length, n, head, tiles, NOPE: gl.constexpr, ROPE: gl.constexpr,
+def _produce_queries(Q, QR, DO, L, Delta, first, length, n, head, tiles, NOPE: gl.constexpr, ROPE: gl.constexpr,
                      VALUE: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr):
     """Queries and slopes of the output, from the first query that sees the key at n to the sequence's end."""
-    q_nope, q_rope, do, full, empty = tiles
+    q_nope, q_rope, do, lse, delta, full, empty = tiles
     for i in range(gl.cdiv(length - n, QUERIES)):
         stage = i % STAGES
         row = first + n + i * QUERIES
@@ -362,6 +359,10 @@ def _produce_queries(Q, QR, DO, first, length, n, head, tiles, NOPE: gl.constexp
         tma.async_copy_global_to_shared(Q, [row, head * (NOPE + ROPE)], full.index(stage), q_nope.index(stage))
         tma.async_copy_global_to_shared(QR, [row, head * (NOPE + ROPE) + NOPE], full.index(stage), q_rope.index(stage))
         tma.async_copy_global_to_shared(DO, [row, head * VALUE], full.index(stage), do.index(stage))
+        query = n + i * QUERIES + gl.arange(0, QUERIES, gl.BlockedLayout([1], [32], [1], [0]))
+        lse.index(stage).store(gl.load(L + query, mask=query < length, other=float("inf")))
+        delta.index(stage).store(gl.load(Delta + query, mask=query < length, other=0.0))
+        mbarrier.arrive(full.index(stage), count=1)
 
 
 @gluon.jit
@@ -374,14 +375,15 @@ def _keys_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE
     head = gl.program_id(1)
     if n < length:
         if part == 2:
+            mine = head.to(gl.int64) * tokens + first
             k_nope, k_rope, v, k_full = keys
             mbarrier.expect(k_full.index(0), 128 * (NOPE + ROPE + VALUE) * 2)
             _fetch(K, first + n, head * (NOPE + VALUE), k_full.index(0), k_nope)
             _fetch(R, first + n, 0, k_full.index(0), k_rope)
             _fetch(V, first + n, head * (NOPE + VALUE) + NOPE, k_full.index(0), v)
-            _produce_queries(Q, QR, DO, first, length, n, head, tiles, NOPE, ROPE, VALUE, QUERIES, STAGES)
+            _produce_queries(Q, QR, DO, L + mine, Delta + mine, first, length, n, head, tiles, NOPE, ROPE, VALUE, QUERIES, STAGES)
         else:
-            _dk(part, keys, tiles, L, Delta, DKV, DR, first, length, n, head, tokens, heads, scale, factor,
+            _dk(part, keys, tiles, DKV, DR, first, length, n, head, heads, scale, factor,
                 NOPE, ROPE, VALUE, QUERIES, STAGES)
 
 
@@ -395,9 +397,11 @@ def _backward_keys(Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads
     q_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, QUERIES, NOPE], Q.layout)
     q_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, QUERIES, ROPE], QR.layout)
     do = gl.allocate_shared_memory(Q.dtype, [STAGES, QUERIES, VALUE], DO.layout)
-    k_full, _ = _barriers(1)
+    lse = gl.allocate_shared_memory(gl.float32, [STAGES, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    delta = gl.allocate_shared_memory(gl.float32, [STAGES, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    k_full, _ = _barriers(1, 1)
     inputs = (Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads, scale, factor, (k_nope, k_rope, v, k_full),
-              (q_nope, q_rope, do) + _barriers(STAGES))
+              (q_nope, q_rope, do, lse, delta) + _barriers(STAGES, 2))
     gl.warp_specialize([(_keys_part, (part, NOPE, ROPE, VALUE, QUERIES, STAGES) + inputs) for part in (0, 1, 2)],
                        [4, 1], [240, 24])
 
