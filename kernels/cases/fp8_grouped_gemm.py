@@ -69,6 +69,7 @@ OPERATION = Operation(
 WGRAD = Operation(
     "fp8_grouped_wgrad", fp8_grouped_wgrad, fp8_grouped_wgrad_reference, dtypes=(torch.float32,), tolerance=TOLERANCE,
     cases={"idle experts, room": _case(_tokens, (0, 128, 128, 384), 560, 40, 24),
-           "ragged tiles": _case(_tokens, (128, 256), 256, 130, 136), "nothing": _case(_tokens, (0, 0), 16, 24, 8),
+           "ragged tiles": _case(_tokens, (128, 256), 256, 130, 136),
+           "many rows": _case(_tokens, (128, 128, 384), 384, 576, 136), "nothing": _case(_tokens, (0, 0), 16, 24, 8),
            "no token": _case(_tokens, (0, 0), 0, 24, 8)},
     shapes=_shapes(_tokens), peers={"F.grouped_mm in BF16": _grouped_mm}, flops=_flops)
