@@ -201,15 +201,14 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
                                             use_acc=False, is_async=True)
                     scale = as_ring.index(chunk).reshape([64]).load(gl.SliceLayout(1, MMA))
                     if PLAN.tiles:
-                        b_scale = bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))[None, :]
-                    else:
-                        scale *= b_scale
+                        b_scale = bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))
                     product = warpgroup_mma_wait(0, deps=(product,))
                     if wave == WAVES - 1:
                         mbarrier.arrive(empty.index(stage), count=1)
-                    scaled = product * scale[:, None]
                     if PLAN.tiles:
-                        scaled *= b_scale
+                        scaled = product * scale[:, None] * b_scale[None, :]
+                    else:
+                        scaled = product * (scale * b_scale)[:, None]
                     if wave == 0:
                         sum0 += scaled
                     else:
