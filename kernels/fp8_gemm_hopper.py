@@ -138,8 +138,7 @@ def _produce(a, a_scales, b, b_scales, out, ends, experts, ring, PLAN: gl.conste
             n = j * PLAN.columns
             if PLAN.groups == "rows":
                 n += expert * N
-            for block in range(blocks):
-                k = first + block
+            for k in range(first, first + blocks):
                 stage = step % PLAN.stages
                 mbarrier.wait(empty.index(stage), (step // PLAN.stages & 1) ^ 1)
                 arrived = full.index(stage)
@@ -156,111 +155,113 @@ def _produce(a, a_scales, b, b_scales, out, ends, experts, ring, PLAN: gl.conste
 
 
 @gluon.jit
-def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, experts, ring, c_tiles, fetched,
+def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, experts, ring, out_tiles, fetched,
              PLAN: gl.constexpr):
-    """Multiplies what is in the ring and promotes: 64 rows, or twice 64 through one set of registers."""
+    """Multiplies what is in the ring and promotes it: 64 rows, or twice 64 through the registers of one product."""
     COLUMNS: gl.constexpr = PLAN.columns
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     WAVES: gl.constexpr = PLAN.waves
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     a_ring, as_ring, b_ring, bs_ring, full, empty = ring
-    old = fetched.index(consumer)
+    fetched = fetched.index(consumer)
     N = out.shape[1]
     columns = gl.cdiv(N, COLUMNS)
     product = gl.zeros((64, COLUMNS), gl.float32, MMA)
     step = 0
     done = 0
-    count = 0
+    tiles = 0
     for expert in range(experts):
         start, M, first, blocks = _expert(expert, ends, a.shape[0], a.shape[1], PLAN)
+        above = expert * M if PLAN.groups == "depth" else start
         rows = gl.cdiv(M, PLAN.rows)
         mine, turns = _turns(done, rows * columns)
-        above = expert * M if PLAN.groups == "depth" else start
         for turn in range(turns):
             i, j = _tile(mine + turn * gl.num_programs(0), rows, columns, PLAN.band)
             m = (i * PLAN.consumers + consumer) * WAVES * 64
             n = j * COLUMNS
             if PLAN.accumulate:
                 tma.store_wait(0)
-                mbarrier.expect(old, WAVES * 64 * COLUMNS * 4)
+                mbarrier.expect(fetched, WAVES * 64 * COLUMNS * 4)
                 for wave in gl.static_range(WAVES):
-                    tma.async_copy_global_to_shared(out, [above + m + 64 * wave, n], old,
-                                                    c_tiles.index(consumer * WAVES + wave))
+                    tma.async_copy_global_to_shared(out, [above + m + 64 * wave, n], fetched,
+                                                    out_tiles.index(consumer * WAVES + wave))
             if not PLAN.tiles:
-                bs_row = b_scales + (expert * gl.cdiv(N, 128) + n // 128) * gl.cdiv(a.shape[1], 128)
+                b_line = b_scales + (expert * gl.cdiv(N, 128) + n // 128) * gl.cdiv(a.shape[1], 128)
             sum0 = gl.zeros((64, COLUMNS), gl.float32, MMA)
             sum1 = gl.zeros((64, COLUMNS), gl.float32, MMA)
             for block in range(blocks):
-                k = first + block
                 stage = step % PLAN.stages
                 if not PLAN.tiles:
-                    b_scale = gl.load(bs_row + k)
+                    b_scale = gl.load(b_line + first + block)
                 mbarrier.wait(full.index(stage), step // PLAN.stages & 1)
                 for wave in gl.static_range(WAVES):
                     chunk = stage * PLAN.chunks + consumer * WAVES + wave
                     product = warpgroup_mma(a_ring.index(chunk), b_ring.index(stage).permute((1, 0)), product,
                                             use_acc=False, is_async=True)
-                    scale = as_ring.index(chunk).reshape([64]).load(gl.SliceLayout(1, MMA))
+                    a_scale = as_ring.index(chunk).reshape([64]).load(gl.SliceLayout(1, MMA))
                     if PLAN.tiles:
                         b_scale = bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))
                     product = warpgroup_mma_wait(0, deps=(product,))
                     if wave == WAVES - 1:
                         mbarrier.arrive(empty.index(stage), count=1)
                     if PLAN.tiles:
-                        scaled = product * scale[:, None] * b_scale[None, :]
+                        promoted = product * a_scale[:, None] * b_scale[None, :]
                     else:
-                        scaled = product * (scale * b_scale)[:, None]
+                        promoted = product * (a_scale * b_scale)[:, None]
                     if wave == 0:
-                        sum0 += scaled
+                        sum0 += promoted
                     else:
-                        sum1 += scaled
+                        sum1 += promoted
                 step += 1
             if PLAN.accumulate:
-                mbarrier.wait(old, count & 1)
+                mbarrier.wait(fetched, tiles & 1)
             else:
                 tma.store_wait(0)
             for wave in gl.static_range(WAVES):
-                c_tile = c_tiles.index(consumer * WAVES + wave)
+                out_tile = out_tiles.index(consumer * WAVES + wave)
                 total = sum0 if wave == 0 else sum1
                 if PLAN.accumulate:
-                    total += c_tile.load(MMA)
-                c_tile.store(total.to(out.dtype))
+                    total += out_tile.load(MMA)
+                out_tile.store(total.to(out.dtype))
                 fence_async_shared()
                 if m + 64 * wave < M:
-                    tma.async_copy_shared_to_global(out, [above + m + 64 * wave, n], c_tile)
-            count += 1
+                    tma.async_copy_shared_to_global(out, [above + m + 64 * wave, n], out_tile)
+            tiles += 1
         done += rows * columns
     tma.store_wait(0)
 
 
 @gluon.jit
-def _part(part: gl.constexpr, PLAN: gl.constexpr, a, a_scales, b, b_scales, out, ends, experts, ring, c_tiles, fetched):
+def _part(part: gl.constexpr, PLAN: gl.constexpr, a, a_scales, b, b_scales, out, ends, experts, ring, out_tiles,
+          fetched):
     """The last part of a program's warps produces; those before consume."""
     if part == PLAN.consumers:
         _produce(a, a_scales, b, b_scales, out, ends, experts, ring, PLAN)
     else:
-        _consume(part, a, a_scales, b, b_scales, out, ends, experts, ring, c_tiles, fetched, PLAN)
+        _consume(part, a, a_scales, b, b_scales, out, ends, experts, ring, out_tiles, fetched, PLAN)
 
 
 @gluon.jit
 def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
+    """Lays out the shared memory and gives every part its warps; all but b_scales of blocks and ends come for TMA."""
     STAGES: gl.constexpr = PLAN.stages
     CONSUMERS: gl.constexpr = PLAN.consumers
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     a_ring = gl.allocate_shared_memory(a.dtype, [PLAN.stages * PLAN.chunks, 64, 128], a.layout)
     as_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages * PLAN.chunks, 1, 64], a_scales.layout)
     b_ring = gl.allocate_shared_memory(b.dtype, [PLAN.stages, PLAN.columns, 128], b.layout)
-    bs_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages if PLAN.tiles else 1, 1, PLAN.columns], a_scales.layout)
-    c_tiles = gl.allocate_shared_memory(out.dtype, [PLAN.chunks, 64, PLAN.columns], out.layout)
-    full = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], mbarrier.MBarrierLayout())
-    fetched = gl.allocate_shared_memory(gl.int64, [PLAN.consumers, 1], mbarrier.MBarrierLayout())
+    bs_ring = gl.allocate_shared_memory(gl.float32, [PLAN.stages, 1, PLAN.columns], a_scales.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [PLAN.chunks, 64, PLAN.columns], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [PLAN.stages, 1], BARRIER)
+    fetched = gl.allocate_shared_memory(gl.int64, [PLAN.consumers, 1], BARRIER)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=PLAN.consumers)
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(fetched.index(consumer), count=1)
-    inputs = (a, a_scales, b, b_scales, out, ends, experts, (a_ring, as_ring, b_ring, bs_ring, full, empty),
-              c_tiles, fetched)
-    gl.warp_specialize([(_part, (part, PLAN) + inputs) for part in (0, 1, 2, 3)[:PLAN.consumers + 1]],
+    ring = (a_ring, as_ring, b_ring, bs_ring, full, empty)
+    memory = (a, a_scales, b, b_scales, out, ends, experts, ring, out_tiles, fetched)
+    gl.warp_specialize([(_part, (part, PLAN) + memory) for part in (0, 1, 2, 3)[:PLAN.consumers + 1]],
                        [4] * (PLAN.consumers - 1) + [1], [PLAN.registers[1]] * (PLAN.consumers - 1) + [24])
 
 
