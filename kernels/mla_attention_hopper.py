@@ -98,30 +98,34 @@ def _store(X, values, first, row, length, width, column, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _attend(part: gl.constexpr, queries, tiles, turns, O, L, first, length, m, head, tokens, heads, scale,
-            VALUE: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
+            VALUE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
     """The output of 64 queries. While a block's exponentials are taken, the last block's values are added up."""
-    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
     q_nope, q_rope, q_full = queries
     k_nope, k_rope, v, k_full, k_empty, v_full, v_empty = tiles
     q_nope, q_rope = q_nope.index(part), q_rope.index(part)
     query = m + 64 * part + gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
+    start: gl.constexpr = 1 - part if KEYS == 64 else 0
+    if start == 1:
+        mbarrier.arrive(k_empty.index(0), count=1)
+        mbarrier.arrive(v_empty.index(0), count=1)
     mbarrier.wait(q_full.index(0), 0)
-    _await(k_full, 0, STAGES)
-    s = warpgroup_mma_wait(0, deps=(_logits(q_nope, q_rope, k_nope.index(0), k_rope.index(0), LOGITS),))
-    mbarrier.arrive(k_empty.index(0), count=1)
-    key = m + gl.arange(0, 128, gl.SliceLayout(0, LOGITS))
+    _await(k_full, start, STAGES)
+    s = warpgroup_mma_wait(0, deps=(_logits(q_nope, q_rope, k_nope.index(start), k_rope.index(start), LOGITS),))
+    mbarrier.arrive(k_empty.index(start), count=1)
+    key = m + 128 - (start + 1) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS))
     s = gl.where(key[None, :] <= query[:, None], s, float("-inf"))
     highest = gl.max(s, 1) * scale
     p = gl.exp2(s * scale - highest[:, None])
     weight = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(v.dtype), WEIGHTS)
     total = gl.zeros((64, VALUE), gl.float32, VALUES)
-    last = m // 128
-    if last > 0:
-        _await(k_full, 1, STAGES)
-    for i in range(1, last + 1):
+    last = (m + 128) // KEYS - 1
+    if last > start:
+        _await(k_full, start + 1, STAGES)
+    for i in range(start + 1, last + 1):
         stage = i % STAGES
         before = (i - 1) % STAGES
         if TURNS:
@@ -153,7 +157,7 @@ def _attend(part: gl.constexpr, queries, tiles, turns, O, L, first, length, m, h
 
 @gluon.jit
 def _forward_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
-                  STAGES: gl.constexpr, TURNS: gl.constexpr, Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale,
+                  KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale,
                   queries, tiles, turns):
     """The last block of queries, which sees most keys, starts first; behind a sequence's end there is nothing to do."""
     first, length = _sequence(Offsets)
@@ -165,28 +169,28 @@ def _forward_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VA
             mbarrier.expect(q_full.index(0), 128 * (NOPE + ROPE) * 2)
             _fetch(Q, first + m, head * (NOPE + ROPE), q_full.index(0), q_nope)
             _fetch(QR, first + m, head * (NOPE + ROPE) + NOPE, q_full.index(0), q_rope)
-            _produce_keys(K, R, V, first, m, head * (NOPE + VALUE), tiles, NOPE, ROPE, VALUE, 128, STAGES)
+            _produce_keys(K, R, V, first, m, head * (NOPE + VALUE), tiles, NOPE, ROPE, VALUE, KEYS, STAGES)
         else:
-            _attend(part, queries, tiles, turns, O, L, first, length, m, head, tokens, heads, scale, VALUE, STAGES, TURNS)
+            _attend(part, queries, tiles, turns, O, L, first, length, m, head, tokens, heads, scale, VALUE, KEYS, STAGES, TURNS)
 
 
 @gluon.jit
 def _forward(Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, NOPE: gl.constexpr, ROPE: gl.constexpr,
-             VALUE: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
+             VALUE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, REGS: gl.constexpr):
     """A block of queries of one head."""
     q_nope = gl.allocate_shared_memory(Q.dtype, [2, 64, NOPE], Q.layout)
     q_rope = gl.allocate_shared_memory(Q.dtype, [2, 64, ROPE], QR.layout)
-    k_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, NOPE], K.layout)
-    k_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, ROPE], R.layout)
-    v = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, VALUE], V.layout)
+    k_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, KEYS, NOPE], K.layout)
+    k_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, KEYS, ROPE], R.layout)
+    v = gl.allocate_shared_memory(Q.dtype, [STAGES, KEYS, VALUE], V.layout)
     q_full, _ = _barriers(1, 1)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(turns.index(0), count=1)
     mbarrier.init(turns.index(1), count=1)
     inputs = (Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, (q_nope, q_rope, q_full),
               (k_nope, k_rope, v) + _barriers(STAGES, 1) + _barriers(STAGES, 1), turns)
-    gl.warp_specialize([(_forward_part, (part, NOPE, ROPE, VALUE, STAGES, TURNS) + inputs) for part in (0, 1, 2)],
-                       [4, 1], [240, 24])
+    gl.warp_specialize([(_forward_part, (part, NOPE, ROPE, VALUE, KEYS, STAGES, TURNS) + inputs) for part in (0, 1, 2)],
+                       [4, 1], [REGS, 24])
 
 
 @gluon.jit
@@ -407,14 +411,14 @@ def _backward_keys(Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads
 
 
 def forward(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
-            out: Tensor, lse: Tensor, stages: int = 2, turns: bool = False) -> None:
+            out: Tensor, lse: Tensor, stages: int = 2, turns: bool = False, keys: int = 128, start: int = 168, regs: int = 240) -> None:
     """Fills out and lse; scale goes with exp2."""
     (tokens, heads, value), rope = out.shape, rope_key.shape[1]
     nope = query.shape[2] - rope
     _forward[_grid(max_length, out, offsets)](
-        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, 128, nope), _box(rope_key, 128, rope),
-        _box(key_value, 128, value), out, lse, offsets, tokens, heads, scale, nope, rope, value, stages, turns,
-        num_warps=4, maxnreg=START)
+        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, keys, nope), _box(rope_key, keys, rope),
+        _box(key_value, keys, value), out, lse, offsets, tokens, heads, scale, nope, rope, value, keys, stages, turns, regs,
+        num_warps=4, maxnreg=start)
 
 
 def backward_queries(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
