@@ -15,16 +15,15 @@ on its multiprocessor and takes every n-th tile, so that loads of the next tile 
 
 Called by the functions of fp8_gemm.py and fp8_grouped_gemm.py, which check their arguments:
 
-    gemm(a, a_scales, b, b_scales, out, accumulate=False)                 a [M, K], b [N, K], out [M, N]
-    grouped_gemm(a, a_scales, b, b_scales, ends, out)                     a [M, K], b [E, N, K], out [M, N]
-    grouped_wgrad(a, a_scales, b, b_scales, ends, out, accumulate=True)   a [M, T], b [N, T], out [E, M, N]
+    gemm             a [M, K]    b [N, K]       out [M, N]
+    grouped_gemm     a [M, K]    b [E, N, K]    out [M, N]       expert e has rows ends[e-1] to ends[e] of a and out
+    grouped_wgrad    a [M, T]    b [N, T]       out [E, M, N]    expert e sums over columns ends[e-1] to ends[e]
 
-a and b are e4m3, rows of K (T) contiguous values that start at multiples of 16 bytes; out is BF16 or FP32, its rows too
-start at multiples of 16 bytes. a_scales is [ceil(K / 128), M] in FP32, rows start at multiples of 16 bytes. b_scales is
-[ceil(N / 128), ceil(K / 128)] (blocks) or [ceil(K / 128), N] (tiles, like a_scales; always so for `grouped_wgrad`); with
-experts [E, ceil(N / 128), ceil(K / 128)]. `accumulate` adds to an FP32 out. ends [E] int32 stays on the device; it
-increases and holds multiples of 128: expert e owns rows (in `grouped_wgrad` columns) ends[e-1] to ends[e]. Rows of out
-after the last end are left as they are.
+a and b are E4M3, out is BF16 or FP32, and N is a multiple of 8. a_scales is [ceil(K / 128), M] in FP32. b_scales is
+[ceil(N / 128), ceil(K / 128)] (blocks), one such matrix for every expert, or like a_scales [ceil(K / 128), N] (tiles,
+as always in grouped_wgrad). `accumulate` adds to an FP32 out. ends [E] is int32, holds multiples of 128 and stays on
+the device; rows of out after the last end are left as they are. M is a multiple of 64 in grouped_wgrad. Rows lie where
+TMA finds them: their values are neighbours, and they start at multiples of 16 bytes.
 """
 
 from dataclasses import dataclass
