@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from mutated import mutated
 from minidsv3.kernels import fp8_gemm_hopper as hopper
 from minidsv3.kernels.backend import INTERPRETED
 from minidsv3.kernels.fp8_gemm import dequantize_tiles
@@ -59,20 +60,36 @@ def test_tiles_of_both_and_adding_to_what_is_there(tile):
     assert torch.equal(added, out + before)
 
 
+def product_of_experts(module, tile: tuple[int, int, int], N: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the module computes, in rows that were 7 before, and the definition."""
+    K = 384
+    a, a_scales, b, b_scales = codes(ROOM, K), scales(3, ROOM), codes(4, N, K), scales(4, -(-N // 128), 3).contiguous()
+    out = torch.full((ROOM, N), 7, dtype=torch.bfloat16, device="cuda")
+    definition, rows = out.float(), dequantize_tiles(a, a_scales)
+    module.grouped_gemm(a, a_scales, b, b_scales, torch.tensor(ENDS, dtype=torch.int32, device="cuda"), out, tile=tile)
+    for expert, (start, end) in enumerate(pairwise([0, *ENDS])):
+        definition[start:end] = rows[start:end] @ dequantize_blocks_reference(b[expert], b_scales[expert]).T
+    return out, definition
+
+
 @needs_gpu
 @every_tile
 @pytest.mark.parametrize("N", (328, 4096))
 def test_rows_of_experts(tile, N):
-    K = 384
-    a, a_scales, b, b_scales = codes(ROOM, K), scales(3, ROOM), codes(4, N, K), scales(4, -(-N // 128), 3).contiguous()
-    out = torch.full((ROOM, N), 7, dtype=torch.bfloat16, device="cuda")
-    hopper.grouped_gemm(a, a_scales, b, b_scales, torch.tensor(ENDS, dtype=torch.int32, device="cuda"), out, tile=tile)
-    rows = dequantize_tiles(a, a_scales)
-    for expert, (start, end) in enumerate(pairwise([0, *ENDS])):
-        weight = dequantize_blocks_reference(b[expert], b_scales[expert])
-        if start < end:
-            assert_near(out[start:end], rows[start:end] @ weight.T)
+    out, definition = product_of_experts(hopper, tile, N)
+    assert_near(out, definition)
     assert (out[ENDS[-1]:] == 7).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("right, wrong", (
+    ("n += expert * N", "n += 0"), ("(a_scale * b_scale)[:, None]", "a_scale[:, None]"),
+    ("if m + 64 * wave < M:", "if m >= 0:"), ("if wave == 0 else sum1", "if wave == 1 else sum1"),
+))
+def test_the_comparison_sees(right, wrong, tmp_path):
+    out, definition = product_of_experts(mutated("fp8_gemm_hopper", right, wrong, tmp_path), (128, 2, 2), 328)
+    with pytest.raises(AssertionError):
+        assert_near(out, definition)
 
 
 @needs_gpu
