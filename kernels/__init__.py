@@ -11,6 +11,7 @@ from .cross_entropy import cross_entropy, cross_entropy_reference, linear_cross_
 from .fp8_gemm import fp8_gemm, fp8_gemm_reference
 from .fp8_grouped_gemm import (fp8_grouped_gemm, fp8_grouped_gemm_reference, fp8_grouped_wgrad,
                                fp8_grouped_wgrad_reference)
+from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
 from .permute import (Permutation, permute, permute_reference, permute_tiles, permute_tiles_reference, sort_by_expert,
                       sort_by_expert_reference, unpermute, unpermute_reference)
@@ -25,7 +26,8 @@ from .swiglu_quantize import (swiglu_quantize, swiglu_quantize_backward, swiglu_
 
 __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy_reference", "dequantize_blocks",
            "dequantize_blocks_reference", "fp8_gemm", "fp8_gemm_reference", "fp8_grouped_gemm",
-           "fp8_grouped_gemm_reference", "fp8_grouped_wgrad", "fp8_grouped_wgrad_reference", "linear", "linear_cross_entropy",
+           "fp8_grouped_gemm_reference", "fp8_grouped_wgrad", "fp8_grouped_wgrad_reference", "grouped_gemm",
+           "grouped_gemm_reference", "linear", "linear_cross_entropy",
            "linear_cross_entropy_reference", "mla_attention", "mla_attention_reference", "permute",
            "permute_reference", "permute_tiles",
            "permute_tiles_reference", "quantize_blocks", "quantize_blocks_reference", "quantize_columns",

@@ -74,7 +74,7 @@ def block_scales(AS, BS, k, last, row, column, a_line, b_line, rows, columns, TI
 @triton.jit
 def scaled_product(A, AS, B, BS, m, n, b_row, a_line, b_line, rows, columns, first, last, TILES: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr):
-    """The sum over blocks `first` to `last` of K for rows m.. of A and n.. of B, which are rows b_row.. of all experts'.
+    """The sum over blocks `first` to `last` of K for rows m.. of A and n.. of B, which are b_row.. of all experts'.
 
     Scales of A, and of B if it has TILES, are a_line and b_line apart from one block to the next; otherwise BS is the
     line of scales of these rows' blocks. They are asked for one block ahead: TMA brings codes earlier still.
@@ -132,7 +132,7 @@ def _add_up(PARTS, OUT, size, SPLITS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl
 
 def fp8_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out_dtype: torch.dtype = torch.bfloat16,
              into: Tensor | None = None) -> Tensor:
-    """a b^T of E4M3 codes and their FP32 scales, in BF16 or FP32, [M, N]; or `into`, FP32, with the product added to it.
+    """a b^T of E4M3 codes and their FP32 scales, in BF16 or FP32, [M, N]; or `into`, FP32, with it added.
 
     a [M, K] with a_scales [ceil(K / 128), M] of 1 x 128 tiles, whose lines may lie apart; b [N, K] with b_scales either
     [ceil(N / 128), ceil(K / 128)] of blocks or [ceil(K / 128), N] of tiles. K is a multiple of 16, N of 8. No gradient
@@ -164,8 +164,8 @@ def check_codes(name: str, **codes: Tensor) -> None:
         if x.dtype != FP8 or x.dim() < 2:
             raise ValueError(f"{name} got {letter} {list(x.shape)} {x.dtype}; it needs a matrix of {FP8}")
         if x.numel() and (x.stride(-1) != 1 or x.stride(-2) % 16 or x.dim() == 3 and not x.is_contiguous()):
-            raise ValueError(f"{name} got {letter} with strides {list(x.stride())}; rows must be contiguous and start at "
-                             f"multiples of 16 bytes, and experts must follow one another")
+            raise ValueError(f"{name} got {letter} with strides {list(x.stride())}; rows must be contiguous and start "
+                             f"at multiples of 16 bytes, and experts must follow one another")
         if x.shape[-1] != width or width % 16:
             raise ValueError(f"{name} got {letter} of shape {list(x.shape)}; rows must all be equally long ({width}), "
                              f"and a multiple of 16")
@@ -181,12 +181,14 @@ def check_scales(name: str, **scales: tuple[Tensor, list[int]]) -> None:
 
 def check_devices(name: str, *tensors: Tensor) -> None:
     if len({x.device for x in tensors}) > 1:
-        raise ValueError(f"{name} got tensors on {', '.join(str(x.device) for x in tensors)}; they must be on one device")
+        given = ", ".join(str(x.device) for x in tensors)
+        raise ValueError(f"{name} got tensors on {given}; they must be on one device")
 
 
 def check_into(name: str, into: Tensor, shape: list[int]) -> None:
     if into.dtype != torch.float32 or list(into.shape) != shape or not into.is_contiguous():
-        raise ValueError(f"{name} got into {list(into.shape)} {into.dtype}; it needs {shape} in torch.float32, contiguous")
+        raise ValueError(f"{name} got into {list(into.shape)} {into.dtype}; "
+                         f"it needs {shape} in torch.float32, contiguous")
 
 
 @torch.library.custom_op("minidsv3::fp8_gemm", mutates_args=())

@@ -75,13 +75,14 @@ def _wgrad(A, AS, B, BS, OUT, ENDS, M, N, a_line, b_line, EXPERTS: tl.constexpr,
 
 
 @triton.jit
-def _clear_behind(OUT, ENDS, rows, N, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _clear(OUT, ENDS, rows, N, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Zeros in the rows that belong to no expert."""
+    end = tl.load(ENDS + EXPERTS - 1)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    if tl.program_id(0) * BM >= tl.load(ENDS + EXPERTS - 1):
+    if tl.program_id(0) * BM + BM > end:
         for n in range(0, N, BN):
             column = n + tl.arange(0, BN)
-            inside = (row < rows)[:, None] & (column < N)[None, :]
+            inside = ((row >= end) & (row < rows))[:, None] & (column < N)[None, :]
             tl.store(OUT + row[:, None] * N + column[None, :], tl.zeros((BM, BN), OUT.dtype.element_ty), mask=inside)
 
 
@@ -150,7 +151,7 @@ def _fp8_grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, 
             described(a, TILE, TILE), a_scales, described(b.view(-1, K), TILE, TILE), b_scales,
             described(out.view(1, M, N), 1, TILE, TILE), ends, N, K, a_scales.stride(0), experts,
             triton.next_power_of_2(experts), TILE, TILE, BAND, num_warps=8, num_stages=4)
-    _clear_behind[(blocks_of(M),)](out, ends, M, N, experts, TILE, TILE)
+    clear_behind(out, ends)
     return out
 
 
@@ -162,7 +163,8 @@ def _fp8_grouped_wgrad(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor,
 
 
 @torch.library.custom_op("minidsv3::fp8_grouped_wgrad_add", mutates_args=("into",))
-def _fp8_grouped_wgrad_add(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, into: Tensor) -> None:
+def _fp8_grouped_wgrad_add(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor,
+                           into: Tensor) -> None:
     _weight_gradients(a, a_scales, b, b_scales, ends, into, add=True)
 
 
@@ -174,8 +176,13 @@ def _weight_gradients(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, 
     if specialises(M, a.device) and M % 64 == 0:    # so that no tile of out has rows of two experts
         return fp8_gemm_hopper.grouped_wgrad(a, aligned(a_scales), b, aligned(b_scales), ends, out, accumulate=add)
     _wgrad[(_programs(M, N, experts, a.device),)](
-        described(a, TILE, TILE), a_scales, described(b, TILE, TILE), b_scales, described(out, 1, TILE, TILE), ends, M, N,
-        a_scales.stride(0), b_scales.stride(0), experts, add, TILE, TILE, BAND, num_warps=8, num_stages=4)
+        described(a, TILE, TILE), a_scales, described(b, TILE, TILE), b_scales, described(out, 1, TILE, TILE), ends,
+        M, N, a_scales.stride(0), b_scales.stride(0), experts, add, TILE, TILE, BAND, num_warps=8, num_stages=4)
+
+
+def clear_behind(out: Tensor, ends: Tensor) -> None:
+    """Zeros in the rows of out [M, N] behind the last end."""
+    _clear[(blocks_of(len(out)),)](out, ends, *out.shape, len(ends), TILE, TILE)
 
 
 def _programs(rows: int, columns: int, matrices: int, device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """One list of all operations: tests compare values and gradients from it, the benchmark and the course read it."""
 
-from .cases import (cross_entropy, fp8_gemm, fp8_grouped_gemm, mla_attention, permute, quantize, rms_norm, rope, route,
-                    swiglu, swiglu_quantize)
+from .cases import (cross_entropy, fp8_gemm, fp8_grouped_gemm, grouped_gemm, mla_attention, permute, quantize, rms_norm,
+                    rope, route, swiglu, swiglu_quantize)
 from .operation import Operation
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
@@ -9,4 +9,4 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     cross_entropy.LINEAR, permute.SORT, permute.PERMUTE, permute.PERMUTE_TILES, permute.UNPERMUTE,
     quantize.TILES, quantize.COLUMNS, quantize.BLOCKS, quantize.DEQUANTIZE, mla_attention.OPERATION,
     swiglu_quantize.OPERATION, swiglu_quantize.BACKWARD, fp8_gemm.OPERATION, fp8_gemm.WGRAD,
-    fp8_grouped_gemm.OPERATION, fp8_grouped_gemm.WGRAD)}
+    fp8_grouped_gemm.OPERATION, fp8_grouped_gemm.WGRAD, grouped_gemm.OPERATION)}

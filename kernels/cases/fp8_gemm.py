@@ -55,7 +55,8 @@ OPERATION = Operation(
     cases={"33 x 40 x 48": _case(33, 40, 48), "one row": _case(1, 8, 16), "70 x 136 x 576": _case(70, 136, 576),
            "shares of K": _case(5, 72, 1296), "two blocks of rows": _case(130, 264, 272), "views": _views,
            "many rows": _case(515, 136, 272), "no row": _case(0, 8, 16)},
-    shapes=dict(_shape(M, N, K) for M in (64, 128, 4096) for N, K in LINEARS), peers={"cuBLASLt": _cublas}, flops=_flops)
+    shapes=dict(_shape(M, N, K) for M in (64, 128, 4096) for N, K in LINEARS),
+    peers={"cuBLASLt": _cublas}, flops=_flops)
 
 WGRAD = Operation(
     "fp8_wgrad", fp8_gemm, fp8_gemm_reference, dtypes=tuple(TOLERANCE), tolerance=TOLERANCE,
