@@ -23,6 +23,7 @@ from .route import Routing, route, route_reference
 from .swiglu import swiglu, swiglu_reference
 from .swiglu_quantize import (swiglu_quantize, swiglu_quantize_backward, swiglu_quantize_backward_reference,
                               swiglu_quantize_reference)
+from .weighted_swiglu import weighted_swiglu, weighted_swiglu_reference
 
 __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy_reference", "dequantize_blocks",
            "dequantize_blocks_reference", "fp8_gemm", "fp8_gemm_reference", "fp8_grouped_gemm",
@@ -35,4 +36,5 @@ __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy
            "rms_norm_reference", "rope", "rope_reference", "route", "route_reference", "sort_by_expert",
            "sort_by_expert_reference", "swiglu", "swiglu_quantize", "swiglu_quantize_backward",
            "swiglu_quantize_backward_reference", "swiglu_quantize_reference", "swiglu_reference",
-           "unpermute", "unpermute_reference", "use_kernels", "uses_triton"]
+           "unpermute", "unpermute_reference", "use_kernels", "uses_triton", "weighted_swiglu",
+           "weighted_swiglu_reference"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .kernels import Routing, contract, linear, permute, route, sort_by_expert, swiglu, unpermute
+from .kernels import Routing, contract, linear, permute, route, sort_by_expert, swiglu, unpermute, weighted_swiglu
 from .layers import Linear
 
 
@@ -100,11 +100,9 @@ class Experts(nn.Module):
         """The same with one grouped matmul over rows sorted by expert."""
         order = sort_by_expert(routing.experts, routing.load)
         rows = permute(x, order)
-        gate, up = F.grouped_mm(rows, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=order.ends).chunk(2, -1)
-        # down_proj is linear: weighing before it is cheaper
-        weight = routing.weights.flatten().index_select(0, order.sources).to(x.dtype)
-        y = F.grouped_mm(swiglu(gate, up) * weight[:, None], self.down_proj.to(x.dtype).transpose(1, 2), offs=order.ends)
-        return unpermute(y, order)
+        gate_up = F.grouped_mm(rows, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=order.ends)
+        hidden = weighted_swiglu(gate_up, routing.weights.flatten().index_select(0, order.sources))
+        return unpermute(F.grouped_mm(hidden, self.down_proj.to(x.dtype).transpose(1, 2), offs=order.ends), order)
 
 
 def has_grouped_mm(x: Tensor) -> bool:

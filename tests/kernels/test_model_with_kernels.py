@@ -11,9 +11,9 @@ from tiny import tiny_model, tiny_tokens
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 EXPECTED = {"rms_norm", "rms_norm_backward", "route", "route_backward", "swiglu", "swiglu_backward",
-            "mla_attention", "mla_attention_backward"}
+            "mla_attention", "mla_attention_backward", "rope", "cross_entropy", "cross_entropy_backward"}
 if has_grouped_mm(torch.empty(0, device=DEVICE)):    # not in FP32 on a GPU: the loop moves tokens there
-    EXPECTED |= {"sort_by_expert", "permute", "unpermute"}
+    EXPECTED |= {"sort_by_expert", "permute", "unpermute", "weighted_swiglu", "weighted_swiglu_backward"}
 
 
 def logits_loss_and_gradients(kernels: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], set[str]]:
