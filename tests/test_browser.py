@@ -49,6 +49,7 @@ MOVES = [
     Move("01_mla", "calculator", "tokens asked at once, T", "ArrowRight", r"absorbed: (.+)"),
     Move("02_router", "explorer", "layer with experts", "ArrowLeft", r"next: (.+)"),
     Move("03_mtp", "view", "acceptance p (%)", "ArrowLeft", r"yours, c = \S+ (\S+) times"),
+    Move("05_kernels", "stepper", "rows of a tile", "ArrowLeft", r"(\d+) FLOP a byte"),
 ]
 
 

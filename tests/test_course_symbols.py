@@ -9,7 +9,7 @@ import torch
 from minidsv3 import ModelConfig, Transformer, course
 from minidsv3.attention import LatentCache
 from minidsv3.course.symbols import SYMBOLS, Symbol
-from minidsv3.kernels import Routing
+from minidsv3.kernels import Routing, quantize
 from minidsv3.optim import Recipe
 
 
@@ -41,7 +41,7 @@ def test_a_wrong_size_is_seen(row, preset):
 def test_name_exists(row, preset):
     """The name in backticks is a module, a buffer, a field or a method of what the row is about."""
     name = re.search(r"`([\w.]+)`", row.code)[1]
-    owners = {"LatentCache": LatentCache, "Routing": Routing, "Recipe": Recipe}
+    owners = {"LatentCache": LatentCache, "Routing": Routing, "Recipe": Recipe, "quantize": quantize}
     owner, _, attribute = name.partition(".")
     if owner in owners:
         assert hasattr(owners[owner], attribute)

@@ -32,8 +32,8 @@ def report_to_course() -> str:
 
 
 def source_of(code: str) -> str:
-    """The file of a dotted name under minidsv3; an operation's file has the operation's name."""
-    module, _, name = code.partition(".")
+    """The file of a dotted name under minidsv3; a kernel's is named, or has the operation's name."""
+    module, name, *_ = code.split(".")
     return f"kernels/{name.removesuffix('_reference')}.py" if module == "kernels" else f"minidsv3/{module}.py"
 
 

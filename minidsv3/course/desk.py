@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from . import mla, mtp, overview, router
+from . import kernels, mla, mtp, overview, router
 from .exercise import Exercise, Mutants
 
-CHAPTERS = (overview, mla, router, mtp)
+CHAPTERS = (overview, mla, router, mtp, kernels)
 EXERCISES = {task.id: task for chapter in CHAPTERS for task in chapter.EXERCISES}
 QUESTIONS = {name: question for chapter in CHAPTERS for name, question in chapter.QUESTIONS.items()}
 

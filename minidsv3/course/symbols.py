@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..attention import LatentCache
-from ..kernels import Routing, route
+from ..kernels import Routing, quantize, route
 from ..model import Transformer
 from ..moe import MoE
 from ..optim import Recipe
@@ -118,7 +118,7 @@ SYMBOLS = (
            "by head: the query has one rotary part a head, the key one for all", ("01",),
            lambda m, r: _by_head(_attention(m).q_b_proj.weight, m)[:, m.config.qk_nope_head_dim:]),
     Symbol("W^O", "`o_proj`", (7168, 16384), (256, 256),
-           "heads x value width columns, not the hidden size", ("01",), lambda m, r: _attention(m).o_proj.weight),
+           "heads x value width columns, not the hidden size", ("01", "05"), lambda m, r: _attention(m).o_proj.weight),
     Symbol("e_i", "row i of `mlp.gate.weight`", (256, 7168), (16, 256),
            "a row of the router, not an embedding", ("00", "02"), lambda m, r: _moe(m).gate.weight),
     Symbol("b_i", "`mlp.gate.e_score_correction_bias`", (256,), (16,),
@@ -142,10 +142,21 @@ SYMBOLS = (
     Symbol("alpha", "`Recipe.balance_weight`", 1e-4, 1e-4, "", ("02",), lambda m, r: r.balance_weight(0)),
     Symbol("lambda", "`Recipe.mtp_weight`", 0.3, 0.3, "falls to 0.1 when the learning rate leaves its peak",
            ("00", "03"), lambda m, r: r.mtp_weight(0)),
+    Symbol("N_C", "`quantize.TILE`", 128, 128,
+           "numbers along K that are summed before promotion, and that share a scale", ("05",),
+           lambda m, r: quantize.TILE),
+    Symbol("scales of a token", "`quantize.quantize_tiles`", (128, 1), (2, 1),
+           "of the input of W^O: [K / 128, M], so those of one step of K lie side by side", ("05",),
+           lambda m, r: quantize.quantize_tiles(torch.zeros(1, _attention(m).o_proj.weight.shape[1]))[1]),
+    Symbol("scales of W^O", "`quantize.quantize_blocks`", (56, 128), (2, 2),
+           "multipliers, although the checkpoint says `weight_scale_inv`", ("05",),
+           lambda m, r: quantize.quantize_blocks(_attention(m).o_proj.weight)[1]),
 )
 
 CLASHES = {
-    "M": "the node limit (`topk_group`) and, with an index, the matrix M_k of MTP",
+    "M": "the node limit (`topk_group`), with an index the matrix M_k of MTP, and the tokens of a product (chapter 05)",
+    "K": "numbers summed in a product, and with an index the experts of a token, K_r",
+    "N": "rows of a weight, and with an index numbers of experts (N_r, N_s) or the promotion interval (N_C)",
     "W": "any weight; in schedules the backward pass for weights",
     "B": "the batch; in schedules a backward pass, whole or for the input alone",
     "P": "an expert's mean affinity (eq. 19), a probability (eq. 23), and the number of ranks",

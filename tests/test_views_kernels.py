@@ -1,0 +1,175 @@
+"""Chapter 05's view and pictures without a browser: numbers by counting, the package's order, rules of drawings."""
+
+import time
+from itertools import combinations
+
+import pytest
+import torch
+from test_views import check_rules
+
+from minidsv3.kernels.backend import INTERPRETED, tl, triton
+from minidsv3.kernels.fp8_gemm import place
+from minidsv3.views import kernels, style
+from minidsv3.views import tile_stepper as stepper
+
+START = stepper.stepper_state()
+STATES = {
+    "row by row": START, "grouped": START | {"order": "groups of 4 rows"},
+    "last": START | {"row": 31, "column": 63, "step": 15, "processors": 64}, "first": START | {"row": 0, "column": 0,
+                                                                                              "step": 0},
+    "small tiles": START | {"tile_m": 32, "tile_n": 32, "row": 31, "column": 63, "processors": 64, "step": 15},
+    "small tiles, grouped": START | {"tile_m": 32, "tile_n": 32, "order": "groups of 8 rows", "processors": 64},
+    "large tiles": START | {"tile_m": 256, "tile_n": 256, "order": "groups of 8 rows", "processors": 64},
+    "wide tiles": START | {"tile_m": 64, "tile_n": 256, "processors": 4},
+}
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+def test_a_step_by_hand():
+    facts = stepper.tile_stepper_facts(START)
+    assert facts["step_bytes"] == 2 * 128 * 128 + 4 * (128 + 1)
+    assert facts["step_flops"] == 2 * 128 ** 3 and facts["flops_a_byte"] == 126
+    assert facts["asked_bytes"] == 128 * 2 * 128 * 2048 and facts["least_bytes"] == (1024 + 2048) * 2048
+    assert facts["accumulator_bytes"] == 65_536 and facts["programs"] == 128 and facts["program"] == 3 * 16 + 5
+
+
+def test_a_wave_as_a_stripe_and_as_a_square():
+    """16 programs at once: 1 + 16 bands as a row, 4 + 4 as a square; eight waves of them."""
+    facts = {name: stepper.tile_stepper_facts(STATES[name]) for name in ("row by row", "grouped")}
+    assert facts["row by row"]["memory_bytes"] == 8 * 17 * 128 * 2048
+    assert facts["grouped"]["memory_bytes"] == 8 * 8 * 128 * 2048
+
+
+def counted_by_programs(state: dict) -> int:
+    """Bytes from memory, program by program: what no program of the same wave has read before is read."""
+    grid, tiles = stepper.grid_of(state), {}
+    for row in range(grid.rows):
+        for column in range(grid.columns):
+            tiles[grid.number(row, column)] = row, column
+    total, wave = 0, set()
+    for program in range(len(tiles)):
+        if program % state["processors"] == 0:
+            wave = set()
+        row, column = tiles[program]
+        for band, size in ((("A", row), state["tile_m"]), (("B", column), state["tile_n"])):
+            total += 0 if band in wave else size * stepper.K
+            wave.add(band)
+    return total
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_bytes_from_memory_are_those_of_a_walk_through_all_programs(state):
+    assert stepper.memory_bytes(state) == counted_by_programs(state)
+    facts = stepper.tile_stepper_facts(state)
+    assert facts["least_bytes"] <= facts["memory_bytes"] <= facts["asked_bytes"]
+
+
+@pytest.mark.parametrize("group", stepper.ORDERS.values())
+@pytest.mark.parametrize("rows, columns", [(8, 16), (6, 5), (1, 4)])
+def test_tiles_and_numbers_are_inverses(rows, columns, group):
+    grid = stepper.Grid(rows, columns, group)
+    assert [grid.number(*tile) for tile in grid.tiles(0, rows * columns + 3)] == list(range(rows * columns))
+
+
+@triton.jit
+def _places(ROW, COLUMN, rows, columns, BAND: tl.constexpr):
+    t = tl.program_id(0)
+    i, j = place(t, rows, columns, BAND)
+    tl.store(ROW + t, i)
+    tl.store(COLUMN + t, j)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs the numbering in the interpreter")
+@pytest.mark.parametrize("group", [1, 4])
+def test_the_order_is_the_package_s(group):
+    found = torch.empty(2, 42, dtype=torch.int32)
+    _places[(42,)](*found, 6, 7, BAND=group)
+    assert list(zip(*found.tolist())) == list(stepper.Grid(6, 7, group).tiles(0, 42))
+
+
+def test_what_the_stepper_teaches():
+    def facts(**changes):
+        return stepper.tile_stepper_facts(START | changes)
+    assert facts(order="groups of 4 rows")["memory_bytes"] < facts()["memory_bytes"] / 2
+    assert facts(order="groups of 4 rows")["asked_bytes"] == facts()["asked_bytes"]
+    assert facts(tile_m=256, tile_n=256)["flops_a_byte"] == 252
+    assert facts(tile_m=256, tile_n=256)["accumulator_bytes"] == stepper.REGISTERS
+    assert facts(tile_n=256)["weight_scales"] == 2 and facts(tile_n=32)["weight_scales"] == 1
+
+
+# ---- the drawing ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_stepper_keeps_the_rules(state):
+    drawn = stepper.render_tile_stepper(state)
+    check_rules(drawn)
+    assert drawn == stepper.render_tile_stepper(dict(state))
+    begin = time.perf_counter()
+    for _ in range(5):
+        stepper.render_tile_stepper(state)
+    assert (time.perf_counter() - begin) / 5 < 0.05
+
+
+def test_states_look_different():
+    drawn = [stepper.render_tile_stepper(state) for state in STATES.values()]
+    assert all(one != other for one, other in combinations(drawn, 2))
+
+
+def test_the_drawing_says_its_numbers():
+    drawn = stepper.render_tile_stepper(START)
+    for words in ("Program 53 of 128", "33,284 bytes", "126 FLOP a byte", "128 scales of A, x 1 of B", "5.7 times"):
+        assert words in drawn
+    assert "none left" in stepper.render_tile_stepper(STATES["large tiles"]) and "none left" not in drawn
+
+
+def test_runs_are_stretches_of_neighbours():
+    assert stepper.runs([(0, 3), (0, 1), (0, 2), (1, 0), (0, 5)]) == {0: [(1, 4), (5, 6)], 1: [(0, 1)]}
+
+
+def test_fills_differ_without_colour():
+    fills = (stepper.DONE, stepper.SHARED, stepper.LIVE, style.Fill(style.WHITE), style.Fill(style.VERMILION))
+    for a, b in combinations(fills, 2):
+        assert a.mark != b.mark or abs(style.luminance(a.colour) - style.luminance(b.colour)) > 0.15
+    for a, b in combinations(kernels.PROGRAMS, 2):
+        assert a.mark != b.mark
+
+
+def test_stepper_moves_in_code():
+    view = stepper.tile_stepper()
+    assert view.state == START
+    view.set(order="groups of 8 rows", tile_m=64)
+    assert view.drawing.value == stepper.render_tile_stepper(view.state)
+    assert f"<td>{view.facts()['memory_bytes']:,}</td>" in view.table()
+    with pytest.raises(ValueError, match="tile_m cannot be 48"):
+        view.set(tile_m=48)
+    with pytest.raises(ValueError, match="depth is no control of the tile stepper"):
+        stepper.stepper_state(depth=3)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+PICTURES = {
+    "blocks": lambda: kernels.blocks([i // 8 for i in range(27)], 8),
+    "work": lambda: kernels.tile_work([1, 4, 16, 64, 256, 512], {"FP8": 1, "BF16": 2}, {"a GPU": 400.0}, 256),
+    "states": lambda: stepper.tile_stepper_states({"rows": START, "groups": STATES["grouped"]}),
+}
+
+
+@pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
+def test_pictures_repeat_and_their_text_is_large_enough(draw):
+    picture, again = draw(), draw()
+    assert picture.png() == again.png()
+    assert picture.alt.count(". ") >= 1 and picture.alt.endswith(".")
+    words = [text for axes in picture.axes for text in (*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels(),
+                                                        axes.title, axes.xaxis.label) if text.get_text()]
+    assert words and min(text.get_fontsize() for text in words) >= 9
+
+
+@pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
+def test_texts_of_a_picture_do_not_overlap(draw):
+    picture = draw()
+    picture.png()
+    for axes in picture.axes:
+        extents = [text.get_window_extent() for text in axes.texts if text.get_text()]
+        assert not [pair for pair in combinations(extents, 2) if pair[0].overlaps(pair[1])]
