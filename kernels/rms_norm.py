@@ -81,11 +81,11 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, r: Tensor, slope: Tensor) -> t
     """dx [N, d] and dw [d] from dy = `slope` [N, d]."""
     x, weight, slope = _rows(x), weight.contiguous(), slope.contiguous()
     block = _block(x)
-    programs = min(len(x), 32 // block["num_warps"] * processors(x.device))
+    programs = min(len(x), 16 // block["num_warps"] * processors(x.device))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(programs, x.shape[1], device=x.device)
     if programs:
-        _backward[(programs,)](x, weight, r, slope, dx, sums, x.stride(0), len(x), STAGES=2, **block)
+        _backward[(programs,)](x, weight, r, slope, dx, sums, x.stride(0), len(x), STAGES=3, **block)
     return dx, sums.sum(0).to(weight.dtype)
 
 
