@@ -11,7 +11,8 @@ warps promote together. Here the warps of a program have parts of their own:
 
 A consumer that promotes leaves the tensor cores to the others, and the producer runs ahead, even into the next tile.
 Two barriers for every stage of the ring tell when it is full and when all consumers are done with it. A program stays
-on its multiprocessor and takes every n-th tile, so that loads of the next tile run under the stores of this one.
+on its multiprocessor and takes every n-th tile, so that loads of the next tile run under the stores of this one. And a
+launch may begin while the kernel before it ends; it waits for that one's results when its own barriers are laid out.
 
 Called by the functions of fp8_gemm.py and fp8_grouped_gemm.py, which check their arguments:
 
@@ -39,6 +40,7 @@ try:
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     gluon = gl = triton   # whatever stands there for a missing Triton
 
@@ -241,7 +243,7 @@ def _part(part: gl.constexpr, PLAN: gl.constexpr, a, a_scales, b, b_scales, out,
 
 @gluon.jit
 def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
-    """Lays out the shared memory and gives every part its warps; all but b_scales of blocks and ends come for TMA."""
+    """Lays out the shared memory, waits for the kernel before, and gives every part its warps."""
     STAGES: gl.constexpr = PLAN.stages
     CONSUMERS: gl.constexpr = PLAN.consumers
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -258,6 +260,8 @@ def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
         mbarrier.init(empty.index(stage), count=PLAN.consumers)
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(fetched.index(consumer), count=1)
+    gdc_wait()
+    gdc_launch_dependents()
     ring = (a_ring, as_ring, b_ring, bs_ring, full, empty)
     memory = (a, a_scales, b, b_scales, out, ends, experts, ring, out_tiles, fetched)
     gl.warp_specialize([(_part, (part, PLAN) + memory) for part in (0, 1, 2, 3)[:PLAN.consumers + 1]],
@@ -292,8 +296,7 @@ def grouped_wgrad(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends
 
 @lru_cache
 def _fastest(M: int, N: int, K: int, experts: int, small: bool, programs: int) -> tuple[int, int, int]:
-    """The one of TILES that takes the program with most of them the least time, by a model fitted to an H200: for every
-    block of K a tile takes rows * columns to multiply and 42 (rows + columns) to load, and 156 columns a wave to leave.
+    """The one of TILES that takes the program with most of them the least time, by a model fitted to measurements.
 
     `small` tiles have at most 128 rows: scales of every column of b take registers, and FP32 results shared memory.
     """
@@ -301,7 +304,9 @@ def _fastest(M: int, N: int, K: int, experts: int, small: bool, programs: int) -
         columns, consumers, waves = tile
         rows = 64 * consumers * waves
         turns = triton.cdiv(experts * triton.cdiv(M, rows) * triton.cdiv(N, columns), programs)
-        return turns * (triton.cdiv(K, 128) * (rows * columns + 42 * (rows + columns)) + 156 * columns * waves)
+        loads = rows + columns                                        # lines of 128 bytes
+        block = max(rows * columns, 52 * loads) + 8 * loads           # loading hides under multiplying, or it does not
+        return turns * (triton.cdiv(K, 128) * block + 460 * columns * waves)    # a consumer's waves leave in turn
 
     return min((tile for tile in TILES if not small or tile[1] * tile[2] <= 2), key=time)
 
@@ -311,7 +316,7 @@ def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tenso
     _multiply[(processors(a.device),)](
         _described(a, 64, 128), _described(a_scales, 1, 64), _described(b, plan.columns, 128),
         _described(b_scales, 1, plan.columns) if plan.tiles else b_scales, _described(out, 64, plan.columns), ends,
-        experts, plan, num_warps=4, maxnreg=plan.registers[0])
+        experts, plan, num_warps=4, maxnreg=plan.registers[0], launch_pdl=True)
 
 
 def _described(x: Tensor, rows: int, columns: int) -> "TensorDescriptor":

@@ -134,11 +134,12 @@ def test_at_least_three_stages_fit(tile, item, tiles):
         assert plan.stages * plan.bytes + plan.rows * columns * item <= hopper.SHARED
 
 
-@pytest.mark.parametrize("size, rows", (((64, 4096, 7168), 64), ((128, 7168, 16384), 128), ((4096, 2112, 7168), 192),
-                                        ((4096, 7168, 16384), 256)))
-def test_rows_of_the_chosen_tile(size, rows):
-    """What was fastest on an H200."""
-    _, consumers, waves = hopper._fastest(*size, 1, False, 132)
+@pytest.mark.parametrize("M, N, K, experts, rows", (
+    (64, 4096, 7168, 1, 64), (128, 7168, 16384, 1, 128), (4096, 2112, 7168, 1, 192), (4096, 7168, 16384, 1, 256),
+    (8192, 4096, 7168, 4, 192), (1024, 7168, 2048, 32, 256)))
+def test_rows_of_the_chosen_tile(M, N, K, experts, rows):
+    """What was fastest on an H100."""
+    _, consumers, waves = hopper._fastest(M, N, K, experts, False, 132)
     assert 64 * consumers * waves == rows
 
 
