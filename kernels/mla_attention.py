@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import mla_attention_hopper
 from .backend import tl, triton, uses_triton
 from .precision import wide
 
@@ -261,10 +262,11 @@ def _mla_attention(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: 
     out = torch.empty(tokens, heads, value, dtype=query.dtype, device=query.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
     if out.numel():
-        tiles = _tiles("forward", query.dtype, widths)
-        _forward[_grid(max_length, tiles["QUERIES"], heads, offsets)](
-            *_boxes(query, key_value, rope_key, tiles), out, lse, offsets, tokens, heads, scale * LOG2_E,
-            **widths, **tiles)
+        inputs = *(_rows(x) for x in (query, key_value, rope_key)), offsets, max_length
+        if specialises(query, widths):
+            mla_attention_hopper.forward(*inputs, scale * LOG2_E, out, lse)
+        else:
+            _forward_readably(*inputs, scale, out, lse, widths)
     return out, lse
 
 
@@ -275,19 +277,15 @@ def _mla_attention_backward(query: Tensor, key_value: Tensor, rope_key: Tensor, 
     widths, (tokens, heads) = _widths(query, key_value, rope_key), query.shape[:2]
     d_query, d_key_value, d_rope_key = (torch.empty(x.shape, dtype=x.dtype, device=x.device)
                                         for x in (query, key_value, rope_key))
-    d_rope_keys = torch.empty(tokens, heads, widths["ROPE"], dtype=torch.float32, device=query.device)
     if out.numel():
         delta = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
-        rest = offsets, tokens, heads, scale * LOG2_E, scale
-        tiles = _tiles("queries", query.dtype, widths)
-        slopes, outs = (_box(x, tiles["QUERIES"], widths["VALUE"]) for x in (slope, out))
-        _backward_queries[_grid(max_length, tiles["QUERIES"], heads, offsets)](
-            *_boxes(query, key_value, rope_key, tiles), outs, slopes, lse, delta, d_query, *rest, **widths, **tiles)
-        tiles = _tiles("keys", query.dtype, widths)
-        slopes = _box(slope, tiles["QUERIES"], widths["VALUE"])
-        _backward_keys[_grid(max_length, tiles["KEYS"], heads, offsets)](
-            *_boxes(query, key_value, rope_key, tiles), slopes, lse, delta, d_key_value, d_rope_keys, *rest,
-            **widths, **tiles)
+        d_rope_keys = torch.empty(tokens, heads, widths["ROPE"], dtype=torch.float32, device=query.device)
+        inputs = *(_rows(x) for x in (query, key_value, rope_key)), offsets, max_length
+        results = out, lse, _rows(slope), delta, d_query, d_key_value, d_rope_keys
+        if specialises(query, widths):
+            mla_attention_hopper.backward(*inputs, scale * LOG2_E, scale, *results)
+        else:
+            _backward_readably(*inputs, scale, *results, widths)
         _sum_heads[(triton.cdiv(tokens, 16),)](d_rope_keys, d_rope_key, tokens, heads, widths["ROPE"], 16, num_warps=4)
     return d_query, d_key_value, d_rope_key
 
@@ -298,38 +296,63 @@ def _widths(query: Tensor, key_value: Tensor, rope_key: Tensor) -> dict[str, int
     return {"NOPE": nope, "ROPE": rope, "VALUE": key_value.shape[2] - nope}
 
 
-def _tiles(kernel: str, dtype: torch.dtype, widths: dict[str, int]) -> dict:
-    """Queries and keys of a block. FP32 has no tensor cores here: small blocks, and every product in full precision.
-    The sums of `_backward_keys` take a register a thread for each two of a key's channels: wide keys get a short block.
-    """
-    if dtype == torch.float32:
-        queries, keys, warps, stages = (32, 64, 8, 1) if kernel == "keys" else (64, 32, 8, 1)
-    else:
-        queries, keys, warps, stages = {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 2),
-                                        "keys": (64, 128 if sum(widths.values()) <= 192 else 64, 8, 2)}[kernel]
+def _rows(x: Tensor) -> Tensor:
+    """x as a matrix of one row a token that TMA can copy blocks of; a copy where it cannot."""
+    x = x.flatten(1)
+    return x if x.stride(1) == 1 and not (x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16) else x.contiguous()
+
+
+def specialises(x: Tensor, widths: dict[str, int]) -> bool:
+    """Whether the kernels of mla_attention_hopper.py take such inputs. Triton's interpreter has no Gluon."""
+    hopper = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] == 9
+    fits = widths["NOPE"] <= 128 and widths["ROPE"] <= 64 and widths["VALUE"] <= 128
+    return hopper and fits and x.itemsize == 2 and not triton.knobs.runtime.interpret
+
+
+def _forward_readably(query, key_value, rope_key, offsets, max_length, scale, out, lse, widths) -> None:
+    tokens, heads, _ = out.shape
+    tiles = _tiles("forward", out.dtype)
+    _forward[_grid(max_length, tiles["QUERIES"], out, offsets)](
+        *_boxes(query, key_value, rope_key, tiles, widths), out, lse, offsets, tokens, heads, scale * LOG2_E,
+        **widths, **tiles)
+
+
+def _backward_readably(query, key_value, rope_key, offsets, max_length, scale, out, lse, slope, delta, d_query,
+                       d_key_value, d_rope_keys, widths) -> None:
+    tokens, heads, value = out.shape
+    rest = offsets, tokens, heads, scale * LOG2_E, scale
+    tiles = _tiles("queries", out.dtype)
+    outs, slopes = (_box(x, tiles["QUERIES"], value) for x in (out.flatten(1), slope))
+    _backward_queries[_grid(max_length, tiles["QUERIES"], out, offsets)](
+        *_boxes(query, key_value, rope_key, tiles, widths), outs, slopes, lse, delta, d_query, *rest, **widths, **tiles)
+    tiles = _tiles("keys", out.dtype)
+    _backward_keys[_grid(max_length, tiles["KEYS"], out, offsets)](
+        *_boxes(query, key_value, rope_key, tiles, widths), _box(slope, tiles["QUERIES"], value), lse, delta,
+        d_key_value, d_rope_keys, *rest, **widths, **tiles)
+
+
+def _tiles(kernel: str, dtype: torch.dtype) -> dict:
+    """64 rows that a program owns, 32 of the others a step: at full size in BF16 84 KB of shared memory, which every
+    GPU since Ampere has. FP32 is multiplied in full precision, without tensor cores."""
+    queries, keys = (32, 64) if kernel == "keys" else (64, 32)
     return {"QUERIES": queries, "KEYS": keys, "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-            "num_warps": warps, "num_stages": stages}
+            "num_warps": 4, "num_stages": 2}
 
 
-def _grid(max_length: int, block: int, heads: int, offsets: Tensor) -> tuple[int, int, int]:
+def _grid(max_length: int, block: int, out: Tensor, offsets: Tensor) -> tuple[int, int, int]:
     """Blocks of the longest sequence, heads, sequences: neighbours share a head's keys in L2."""
-    return triton.cdiv(max_length, block), heads, len(offsets) - 1
+    return triton.cdiv(max_length, block), out.shape[1], len(offsets) - 1
 
 
-def _boxes(query: Tensor, key_value: Tensor, rope_key: Tensor, tiles: dict) -> tuple:
+def _boxes(query: Tensor, key_value: Tensor, rope_key: Tensor, tiles: dict, widths: dict[str, int]) -> tuple:
     """Descriptors of q_nope, q_rope, k_nope, k_rope and v, whose blocks the tensor memory accelerator copies."""
-    widths = _widths(query, key_value, rope_key)
     return (_box(query, tiles["QUERIES"], widths["NOPE"]), _box(query, tiles["QUERIES"], widths["ROPE"]),
             _box(key_value, tiles["KEYS"], widths["NOPE"]), _box(rope_key, tiles["KEYS"], widths["ROPE"]),
             _box(key_value, tiles["KEYS"], widths["VALUE"]))
 
 
 def _box(x: Tensor, rows: int, columns: int):
-    """Describes blocks of x as a matrix of one row a token; a row that cannot be described is copied."""
     from triton.tools.tensor_descriptor import TensorDescriptor
-    x = x.flatten(1)
-    if x.stride(1) != 1 or x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
-        x = x.contiguous()
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 

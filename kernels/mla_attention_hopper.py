@@ -24,9 +24,9 @@ try:
 except ImportError:
     gluon = gl = triton   # whatever stands there for a missing Triton
 
-ROWS = 64                # of one consumer
-BLOCK = 128              # rows of a program
-START, CONSUMER, PRODUCER = 168, 240, 24    # registers of a thread: all at first, then each by its part
+START = 168              # registers of a thread before consumers take 240 and the producer keeps 24
+KEYS = 128               # of a block of the forward pass
+SHARED = 230_000         # bytes of shared memory for tiles
 
 
 @gluon.jit
@@ -79,8 +79,8 @@ def _produce_keys(K, R, V, first, m, column, tiles, NOPE: gl.constexpr, ROPE: gl
 
 @gluon.jit
 def _logits(a_nope, a_rope, b_nope, b_rope, LAYOUT: gl.constexpr):
-    """Asks the tensor cores for a b^T, the part without position plus the rotary part. The accumulator is new each time:
-    the old one, although not used, would keep its registers, and ptxas would let all products wait for each other."""
+    """Asks the tensor cores for a b^T, the part without position plus the rotary part. The accumulator is new each
+    time: an old one, although not used, would keep its registers, and ptxas would then let all products wait."""
     COLUMNS: gl.constexpr = b_nope.shape[0]
     s = gl.zeros((64, COLUMNS), gl.float32, LAYOUT)
     s = warpgroup_mma(a_nope, b_nope.permute((1, 0)), s, use_acc=False, is_async=True)
@@ -97,8 +97,8 @@ def _store(X, values, first, row, length, width, column, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _attend(part: gl.constexpr, queries, tiles, turns, O, L, first, length, m, head, tokens, heads, scale,
-            VALUE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
+def _attend(part: gl.constexpr, queries, tiles, O, L, first, length, m, head, tokens, heads, scale,
+            VALUE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr):
     """The output of 64 queries. While a block's exponentials are taken, the last block's values are added up."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE, 16])
@@ -128,13 +128,9 @@ def _attend(part: gl.constexpr, queries, tiles, turns, O, L, first, length, m, h
     for i in range(start + 1, last + 1):
         stage = i % STAGES
         before = (i - 1) % STAGES
-        if TURNS:
-            mbarrier.wait(turns.index(part), (i + part) & 1)
         s = _logits(q_nope, q_rope, k_nope.index(stage), k_rope.index(stage), LOGITS)
         _await(v_full, i - 1, STAGES)
         total = warpgroup_mma(weights, v.index(before), total, is_async=True)
-        if TURNS:
-            mbarrier.arrive(turns.index(1 - part), count=1)
         s = warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         higher = gl.maximum(highest, gl.max(s, 1) * scale)
@@ -157,8 +153,8 @@ def _attend(part: gl.constexpr, queries, tiles, turns, O, L, first, length, m, h
 
 @gluon.jit
 def _forward_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
-                  KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale,
-                  queries, tiles, turns):
+                  KEYS: gl.constexpr, STAGES: gl.constexpr, Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale,
+                  queries, tiles):
     """The last block of queries, which sees most keys, starts first; behind a sequence's end there is nothing to do."""
     first, length = _sequence(Offsets)
     m = (gl.num_programs(0) - 1 - gl.program_id(0)) * 128
@@ -171,12 +167,12 @@ def _forward_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VA
             _fetch(QR, first + m, head * (NOPE + ROPE) + NOPE, q_full.index(0), q_rope)
             _produce_keys(K, R, V, first, m, head * (NOPE + VALUE), tiles, NOPE, ROPE, VALUE, KEYS, STAGES)
         else:
-            _attend(part, queries, tiles, turns, O, L, first, length, m, head, tokens, heads, scale, VALUE, KEYS, STAGES, TURNS)
+            _attend(part, queries, tiles, O, L, first, length, m, head, tokens, heads, scale, VALUE, KEYS, STAGES)
 
 
 @gluon.jit
 def _forward(Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, NOPE: gl.constexpr, ROPE: gl.constexpr,
-             VALUE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, REGS: gl.constexpr):
+             VALUE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr):
     """A block of queries of one head."""
     q_nope = gl.allocate_shared_memory(Q.dtype, [2, 64, NOPE], Q.layout)
     q_rope = gl.allocate_shared_memory(Q.dtype, [2, 64, ROPE], QR.layout)
@@ -184,13 +180,10 @@ def _forward(Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, NOPE: gl.const
     k_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, KEYS, ROPE], R.layout)
     v = gl.allocate_shared_memory(Q.dtype, [STAGES, KEYS, VALUE], V.layout)
     q_full, _ = _barriers(1, 1)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
     inputs = (Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, (q_nope, q_rope, q_full),
-              (k_nope, k_rope, v) + _barriers(STAGES, 1) + _barriers(STAGES, 1), turns)
-    gl.warp_specialize([(_forward_part, (part, NOPE, ROPE, VALUE, KEYS, STAGES, TURNS) + inputs) for part in (0, 1, 2)],
-                       [4, 1], [REGS, 24])
+              (k_nope, k_rope, v) + _barriers(STAGES, 1) + _barriers(STAGES, 1))
+    gl.warp_specialize([(_forward_part, (part, NOPE, ROPE, VALUE, KEYS, STAGES) + inputs) for part in (0, 1, 2)],
+                       [4, 1], [240, 24])
 
 
 @gluon.jit
@@ -385,7 +378,8 @@ def _keys_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE
             _fetch(K, first + n, head * (NOPE + VALUE), k_full.index(0), k_nope)
             _fetch(R, first + n, 0, k_full.index(0), k_rope)
             _fetch(V, first + n, head * (NOPE + VALUE) + NOPE, k_full.index(0), v)
-            _produce_queries(Q, QR, DO, L + mine, Delta + mine, first, length, n, head, tiles, NOPE, ROPE, VALUE, QUERIES, STAGES)
+            _produce_queries(Q, QR, DO, L + mine, Delta + mine, first, length, n, head, tiles,
+                             NOPE, ROPE, VALUE, QUERIES, STAGES)
         else:
             _dk(part, keys, tiles, DKV, DR, first, length, n, head, heads, scale, factor,
                 NOPE, ROPE, VALUE, QUERIES, STAGES)
@@ -411,47 +405,51 @@ def _backward_keys(Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads
 
 
 def forward(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
-            out: Tensor, lse: Tensor, stages: int = 2, turns: bool = False, keys: int = 128, start: int = 168, regs: int = 240) -> None:
-    """Fills out and lse; scale goes with exp2."""
-    (tokens, heads, value), rope = out.shape, rope_key.shape[1]
-    nope = query.shape[2] - rope
+            out: Tensor, lse: Tensor) -> None:
+    """Fills out and lse. Inputs are matrices of one row a token; scale goes with exp2."""
+    tokens, heads, _ = out.shape
+    nope, rope, value = widths = _widths(query, rope_key, out)
     _forward[_grid(max_length, out, offsets)](
-        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, keys, nope), _box(rope_key, keys, rope),
-        _box(key_value, keys, value), out, lse, offsets, tokens, heads, scale, nope, rope, value, keys, stages, turns, regs,
-        num_warps=4, maxnreg=start)
+        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, KEYS, nope), _box(rope_key, KEYS, rope),
+        _box(key_value, KEYS, value), out, lse, offsets, tokens, heads, scale, *widths, KEYS,
+        STAGES=_stages(nope + rope, KEYS, sum(widths)), num_warps=4, maxnreg=START)
 
 
-def backward_queries(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
-                     factor: float, out: Tensor, lse: Tensor, slope: Tensor, delta: Tensor, d_query: Tensor,
-                     stages: int = 3) -> None:
-    """Fills delta and d_query."""
-    (tokens, heads, value), rope = out.shape, rope_key.shape[1]
-    nope = query.shape[2] - rope
-    _backward_queries[_grid(max_length, out, offsets)](
-        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, 64, nope), _box(rope_key, 64, rope),
-        _box(key_value, 64, value), _box(slope, 64, value), out, lse, delta, d_query, offsets, tokens, heads, scale,
-        factor, nope, rope, value, stages, num_warps=4, maxnreg=START)
+def backward(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
+             factor: float, out: Tensor, lse: Tensor, slope: Tensor, delta: Tensor, d_query: Tensor,
+             d_key_value: Tensor, d_rope_keys: Tensor) -> None:
+    """Fills delta [H, N], d_query, d_key_value and, for each head, d_rope_keys [N, H, dr]."""
+    tokens, heads, _ = out.shape
+    nope, rope, value = widths = _widths(query, rope_key, out)
+    grid, rest = _grid(max_length, out, offsets), (offsets, tokens, heads, scale, factor, *widths)
+    keys = _box(key_value, 64, nope), _box(rope_key, 64, rope), _box(key_value, 64, value)
+    _backward_queries[grid](
+        _box(query, 64, nope), _box(query, 64, rope), *keys, _box(slope, 64, value), out, lse, delta, d_query, *rest,
+        STAGES=_stages(sum(widths), 64, sum(widths)), num_warps=4, maxnreg=START)
+    queries = 64 if sum(widths) <= 192 else 32       # registers: logits and their slopes stand beside dk and dv
+    _backward_keys[grid](
+        _box(query, queries, nope), _box(query, queries, rope), *keys, _box(slope, queries, value), lse, delta,
+        d_key_value, d_rope_keys, *rest, queries, STAGES=_stages(sum(widths), queries, sum(widths)), num_warps=4,
+        maxnreg=START)
 
 
-def backward_keys(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
-                  factor: float, lse: Tensor, slope: Tensor, delta: Tensor, d_key_value: Tensor, d_rope_keys: Tensor,
-                  queries: int = 32, stages: int = 5) -> None:
-    """Fills d_key_value and each head's d_rope_keys."""
-    (tokens, heads, value), rope = slope.shape, rope_key.shape[1]
-    nope = query.shape[2] - rope
-    _backward_keys[_grid(max_length, slope, offsets)](
-        _box(query, queries, nope), _box(query, queries, rope), _box(key_value, 64, nope), _box(rope_key, 64, rope),
-        _box(key_value, 64, value), _box(slope, queries, value), lse, delta, d_key_value, d_rope_keys, offsets,
-        tokens, heads, scale, factor, nope, rope, value, queries, stages, num_warps=4, maxnreg=START)
+def _widths(query: Tensor, rope_key: Tensor, out: Tensor) -> tuple[int, int, int]:
+    """dk, dr and dv."""
+    rope = rope_key.shape[1]
+    return query.shape[1] // out.shape[1] - rope, rope, out.shape[2]
+
+
+def _stages(fixed: int, rows: int, width: int) -> int:
+    """Of a ring of so many rows a stage: what shared memory holds beside 128 rows of `fixed` channels, at most 4."""
+    return min((SHARED // 2 - 128 * fixed) // (rows * width), 4)
 
 
 def _grid(max_length: int, out: Tensor, offsets: Tensor) -> tuple[int, int, int]:
-    return triton.cdiv(max_length, BLOCK), out.shape[1], len(offsets) - 1
+    return triton.cdiv(max_length, 128), out.shape[1], len(offsets) - 1
 
 
 def _box(x: Tensor, rows: int, columns: int) -> "TensorDescriptor":
     """What TMA needs to copy blocks of x; its swizzle keeps rows of a tile out of each other's banks."""
-    x = x.flatten(1)
     swizzle = min(columns * x.itemsize, 128)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.itemsize, rank=2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from compare import assert_alike, inputs_on, values_and_gradients
 from minidsv3.kernels import mla_attention, mla_attention_reference, use_kernels
 from minidsv3.kernels.backend import INTERPRETED, tl, triton
+from minidsv3.kernels.cases import mla_attention as cases
 from minidsv3.kernels.registry import OPERATIONS
 from test_operations import DEVICE
 
@@ -18,6 +19,7 @@ OPERATION = OPERATIONS["mla_attention"]
 SMALL = {"QUERIES": 16, "KEYS": 16, "PRECISION": "ieee", "num_warps": 4, "num_stages": 1}
 pytestmark = [] if INTERPRETED else [
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or Triton's interpreter")]
+compiled = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter has no Gluon")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel keeps the functions it was compiled with")
 
 
@@ -73,6 +75,19 @@ def test_blocks_of_other_sizes(monkeypatch, dtype: torch.dtype, queries: int, ke
     with use_kernels("torch"):
         theirs = values_and_gradients(OPERATION, mla_attention, inputs)
     assert_alike(kernel(inputs), theirs, OPERATION.tolerance[dtype])
+
+
+@compiled
+@pytest.mark.parametrize("widths", [(128, 64, 128), (64, 64, 64), (32, 16, 32), (16, 16, 16), (128, 16, 64)])
+@pytest.mark.parametrize("specialised", [True, False])
+def test_full_blocks_and_long_sequences(monkeypatch, widths: tuple[int, int, int], specialised: bool):
+    """Both kinds of kernels, where rings turn round many times and every block is cut somewhere."""
+    if not specialised:
+        monkeypatch.setattr(FILE, "specialises", lambda *_: False)
+    with torch.device(DEVICE):
+        inputs = cases._inputs([1000, 0, 37, 700, 1], 3, *widths)(torch.bfloat16)
+    theirs = values_and_gradients(OPERATION, mla_attention_reference, inputs)
+    assert_alike(kernel(inputs), theirs, OPERATION.tolerance[torch.bfloat16])
 
 
 def test_a_sequence_is_the_same_alone_and_among_others():
