@@ -12,13 +12,11 @@ Scales differ from one 128 of K to the next, so every block is a product of its 
 outside of the tensor cores. The report wants that anyway ("promotion to CUDA cores"): the tensor cores keep about 14
 bits while they add. Copies go through TMA, which fills what lies outside of a tensor with zeros.
 
-Few tokens make few tiles, and reading the weights is what takes the time. Then the blocks of K are divided among
-several programs for each tile, and a second kernel adds their sums in a fixed order. Many tokens take the kernel in
-fp8_gemm_hopper.py, which keeps the tensor cores busy during promotion; this one is the one to read.
+The kernel here is the one to read: all warps of a program multiply together, then all promote. On Hopper the one in
+fp8_gemm_hopper.py takes its place, which keeps the tensor cores busy during promotion and reaches half as much again.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,31 +101,16 @@ def put(OUT, matrix, m, n, total, ADD: tl.constexpr):
 
 
 @triton.jit
-def _gemm(A, AS, B, BS, OUT, M, N, K, a_line, b_line, SPLITS, TILES: tl.constexpr, ADD: tl.constexpr,
-          BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
-    """Every program takes every n-th tile of every share of K."""
+def _gemm(A, AS, B, BS, OUT, M, N, K, a_line, b_line, TILES: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr,
+          BN: tl.constexpr, BAND: tl.constexpr):
+    """Every program takes every n-th tile of OUT."""
     rows, columns, blocks = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(K, 128)
-    for t in range(tl.program_id(0), rows * columns * SPLITS, tl.num_programs(0)):
-        split = t // (rows * columns)
-        i, j = place(t % (rows * columns), rows, columns, BAND)
+    for t in range(tl.program_id(0), rows * columns, tl.num_programs(0)):
+        i, j = place(t, rows, columns, BAND)
         m, n = i * BM, j * BN
         line = BS if TILES else BS + n // 128 * blocks
-        first, last = blocks * split // SPLITS, blocks * (split + 1) // SPLITS
-        total = scaled_product(A, AS, B, line, m, n, n, a_line, b_line, M, N, first, last, TILES, BM, BN)
-        put(OUT, split, m, n, total, ADD)
-
-
-@triton.jit
-def _add_up(PARTS, OUT, size, SPLITS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """What the shares of K came to, always in the same order."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(PARTS + split * size + at, mask=inside, other=0.0)
-    if ADD:
-        total += tl.load(OUT + at, mask=inside, other=0.0)
-    tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=inside)
+        total = scaled_product(A, AS, B, line, m, n, n, a_line, b_line, M, N, 0, blocks, TILES, BM, BN)
+        put(OUT, 0, m, n, total, ADD)
 
 
 def fp8_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out_dtype: torch.dtype = torch.bfloat16,
@@ -206,56 +189,31 @@ def _fp8_gemm_add(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, into
 def _multiply(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, add: bool) -> None:
     if not out.numel() or not a.shape[1]:
         return None if add else out.zero_()
-    if specialises(len(a), a.device):
-        tiles = has_tiles(b, b_scales)
-        return fp8_gemm_hopper.gemm(a, aligned(a_scales), b, aligned(b_scales) if tiles else b_scales.contiguous(), out,
-                                    accumulate=add)
-    return _multiply_readably(a, a_scales, b, b_scales, out, add, _plan(len(a), len(b), a.shape[1], a.device))
-
-
-class Plan(NamedTuple):
-    """How a product is cut into tiles, and what each program gets."""
-    rows: int               # of a tile
-    columns: int
-    splits: int             # shares of K
-    num_warps: int
-    num_stages: int         # tiles of a and b on their way
-    per_processor: int      # programs that one multiprocessor holds at a time
-
-
-def _plan(M: int, N: int, K: int, device: torch.device) -> Plan:
-    """Small tiles, and shares of K, until there is a program for every multiprocessor."""
-    if M > 128:
-        return Plan(128, 128, 1, 8, 4, 1)
-    columns = 64
-    tiles = triton.cdiv(M, 64) * triton.cdiv(N, columns)
-    splits = max(1, min(processors(device) // tiles, blocks_of(K) // 4))
-    return Plan(64, columns, splits, 4, 6, 2)
-
-
-def _multiply_readably(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, add: bool,
-                       plan: Plan) -> None:
     (M, K), N, tiles = a.shape, len(b), has_tiles(b, b_scales)
-    b_scales = b_scales if tiles else b_scales.contiguous()
-    whole = plan.splits == 1
-    parts = out.view(1, M, N) if whole else torch.empty(plan.splits, M, N, device=a.device)
-    jobs = triton.cdiv(M, plan.rows) * triton.cdiv(N, plan.columns) * plan.splits
-    _gemm[(min(jobs, plan.per_processor * processors(a.device)),)](
-        described(a, plan.rows, TILE), a_scales, described(b, plan.columns, TILE), b_scales,
-        described(parts, 1, plan.rows, plan.columns), M, N, K, a_scales.stride(0), b_scales.stride(0), plan.splits,
-        tiles, add and whole, plan.rows, plan.columns, BAND, num_warps=plan.num_warps, num_stages=plan.num_stages)
-    if not whole:
-        _add_up[(triton.cdiv(M * N, 1024),)](parts, out, M * N, plan.splits, add, 1024)
+    b_scales = aligned(b_scales) if tiles else b_scales.contiguous()
+    if specialises(a.device):
+        return fp8_gemm_hopper.gemm(a, aligned(a_scales), b, b_scales, out, accumulate=add)
+    rows, warps = (64, 4) if M <= 64 else (128, 8)
+    _gemm[(programs(triton.cdiv(M, rows) * blocks_of(N), a.device),)](
+        described(a, rows, TILE), a_scales, described(b, TILE, TILE), b_scales,
+        described(out.view(1, M, N), 1, rows, TILE), M, N, K, a_scales.stride(0), b_scales.stride(0), tiles, add, rows,
+        TILE, BAND, num_warps=warps, num_stages=4)
 
 
 BAND = 8            # rows of tiles that are walked together
 
 
+def programs(tiles: int, device: torch.device) -> int:
+    """One for every multiprocessor, if there are tiles for so many."""
+    return min(tiles, processors(device))
+
+
 @lru_cache
-def specialises(rows: int, device: torch.device) -> bool:
-    """Whether the kernels of fp8_gemm_hopper.py take a product of so many rows. Triton's interpreter has no Gluon."""
+def specialises(device: torch.device) -> bool:
+    """Whether the kernels of fp8_gemm_hopper.py run: on Hopper, and not in Triton's interpreter, which has no Gluon. As
+    elsewhere a CPU stands for an H200."""
     hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
-    return rows >= 512 and hopper and not triton.knobs.runtime.interpret
+    return hopper and not triton.knobs.runtime.interpret
 
 
 def described(x: Tensor, *block: int):

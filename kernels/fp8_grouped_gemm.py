@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import fp8_gemm_hopper
-from .backend import processors, tl, triton, uses_triton
+from .backend import tl, triton, uses_triton
 from .fp8_gemm import (BAND, aligned, blocks_of, check_codes, check_devices, check_into, check_scales, described,
-                       fp8_gemm_reference, place, put, scaled_product, specialises)
+                       fp8_gemm_reference, place, programs, put, scaled_product, specialises)
 from .quantize import TILE
 
 
@@ -144,10 +144,10 @@ def _fp8_grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, 
     out = torch.empty(M, N, dtype=torch.bfloat16, device=a.device)
     if not out.numel() or not b.numel():
         return out.zero_()
-    if specialises(M, a.device):
+    if specialises(a.device):
         fp8_gemm_hopper.grouped_gemm(a, aligned(a_scales), b, b_scales, ends, out)
     else:
-        _gemm[(_programs(M, N, 1, a.device),)](
+        _gemm[(programs(blocks_of(M) * blocks_of(N), a.device),)](
             described(a, TILE, TILE), a_scales, described(b.view(-1, K), TILE, TILE), b_scales,
             described(out.view(1, M, N), 1, TILE, TILE), ends, N, K, a_scales.stride(0), experts,
             triton.next_power_of_2(experts), TILE, TILE, BAND, num_warps=8, num_stages=4)
@@ -173,9 +173,9 @@ def _weight_gradients(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, 
     (M, T), N, experts, ends = a.shape, len(b), len(ends), ends.contiguous()
     if not out.numel() or not T:
         return None if add else out.zero_()
-    if specialises(M, a.device) and M % 64 == 0:    # so that no tile of out has rows of two experts
+    if specialises(a.device) and M % 64 == 0:    # so that no tile of out has rows of two experts
         return fp8_gemm_hopper.grouped_wgrad(a, aligned(a_scales), b, aligned(b_scales), ends, out, accumulate=add)
-    _wgrad[(_programs(M, N, experts, a.device),)](
+    _wgrad[(programs(experts * blocks_of(M) * blocks_of(N), a.device),)](
         described(a, TILE, TILE), a_scales, described(b, TILE, TILE), b_scales, described(out, 1, TILE, TILE), ends,
         M, N, a_scales.stride(0), b_scales.stride(0), experts, add, TILE, TILE, BAND, num_warps=8, num_stages=4)
 
@@ -183,11 +183,6 @@ def _weight_gradients(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, 
 def clear_behind(out: Tensor, ends: Tensor) -> None:
     """Zeros in the rows of out [M, N] behind the last end."""
     _clear[(blocks_of(len(out)),)](out, ends, *out.shape, len(ends), TILE, TILE)
-
-
-def _programs(rows: int, columns: int, matrices: int, device: torch.device) -> int:
-    """One for every multiprocessor, if there are tiles for so many."""
-    return min(blocks_of(rows) * blocks_of(columns) * matrices, processors(device))
 
 
 @_fp8_grouped_gemm.register_fake

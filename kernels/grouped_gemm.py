@@ -10,8 +10,8 @@ each is not full. Which expert a tile has is found by counting, in every program
 import torch
 from torch import Tensor
 
-from .backend import processors, tl, triton, uses_triton
-from .fp8_gemm import BAND, described, place
+from .backend import tl, triton, uses_triton
+from .fp8_gemm import BAND, described, place, programs
 from .fp8_grouped_gemm import check_ends, clear_behind, spans
 from .precision import wide
 
@@ -108,7 +108,7 @@ def _weight_gradient(slope: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     if not out.numel() or not len(x):
         return out.zero_()
     tiles = triton.cdiv(N, BM) * triton.cdiv(K, BN) * experts
-    _wgrad[(min(tiles, processors(x.device)),)](
+    _wgrad[(programs(tiles, x.device),)](
         described(slope, BK, BM), described(x, BK, BN), described(out, 1, BM, BN), ends.contiguous(), N, K, experts,
         BM, BN, BK, BAND, **OPTIONS)
     return out
@@ -121,7 +121,7 @@ def _by_expert(x: Tensor, weight: Tensor, ends: Tensor, along_rows: bool) -> Ten
     if not out.numel() or not K:
         return out.zero_()
     tiles = (triton.cdiv(M, BM) + experts) * triton.cdiv(N, BN)
-    _multiply[(min(tiles, processors(x.device)),)](
+    _multiply[(programs(tiles, x.device),)](
         described(x, BM, BK), described(weight, 1, *((BK, BN) if along_rows else (BN, BK))), out, ends, N, K, experts,
         triton.next_power_of_2(experts), along_rows, BM, BN, BK, BAND, **OPTIONS)
     clear_behind(out, ends)

@@ -53,7 +53,7 @@ def _flops(a, a_scales, b, *rest) -> float:
 OPERATION = Operation(
     "fp8_gemm", fp8_gemm, fp8_gemm_reference, dtypes=tuple(TOLERANCE), tolerance=TOLERANCE,
     cases={"33 x 40 x 48": _case(33, 40, 48), "one row": _case(1, 8, 16), "70 x 136 x 576": _case(70, 136, 576),
-           "shares of K": _case(5, 72, 1296), "two blocks of rows": _case(130, 264, 272), "views": _views,
+           "long rows": _case(5, 72, 1296), "two blocks of rows": _case(130, 264, 272), "views": _views,
            "many rows": _case(515, 136, 272), "no row": _case(0, 8, 16)},
     shapes=dict(_shape(M, N, K) for M in (64, 128, 4096) for N, K in LINEARS),
     peers={"cuBLASLt": _cublas}, flops=_flops)
@@ -61,6 +61,6 @@ OPERATION = Operation(
 WGRAD = Operation(
     "fp8_wgrad", fp8_gemm, fp8_gemm_reference, dtypes=tuple(TOLERANCE), tolerance=TOLERANCE,
     cases={"40 x 24 x 48": _case(40, 24, 48, tiles=True), "130 x 136 x 272": _case(130, 136, 272, tiles=True),
-           "shares of K": _case(8, 8, 1040, tiles=True), "many rows": _case(515, 136, 272, tiles=True)},
+           "long rows": _case(8, 8, 1040, tiles=True), "many rows": _case(515, 136, 272, tiles=True)},
     shapes=dict(_shape(M, N, 4096, tiles=True) for M, N in ((7168, 2048), (4096, 7168), (2112, 7168), (7168, 16384))),
     peers={"cuBLASLt": _cublas}, flops=_flops)

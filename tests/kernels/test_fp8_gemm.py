@@ -1,13 +1,19 @@
 """The FP8 product by hand, what it refuses, adding in place, promotion, and that the comparison sees wrong scales."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from compare import assert_alike
 from minidsv3.kernels import fp8_gemm, fp8_gemm_reference, use_kernels
 from minidsv3.kernels.backend import INTERPRETED
-from minidsv3.kernels.cases.fp8_gemm import LINEARS, TOLERANCE, codes, operands, scales
-from minidsv3.kernels.fp8_gemm import _plan, aligned, dequantize_tiles, specialises
+from minidsv3.kernels.cases.fp8_gemm import TOLERANCE, codes, operands, scales
+from minidsv3.kernels.fp8_gemm import aligned, dequantize_tiles, specialises
+from test_compile_gate import GATE, faults
 from test_operations import DEVICE
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -143,19 +149,6 @@ def test_refuses_memory_that_tma_cannot_address():
         fp8_gemm(codes(144).narrow(0, 8, 128).view(8, 16), s, b, t)
 
 
-@pytest.mark.parametrize("M", [1, 64, 128])
-@pytest.mark.parametrize("N, K", LINEARS)
-def test_few_tokens_keep_most_processors_busy(M, N, K):
-    plan = _plan(M, N, K, torch.device("cpu"))      # which stands for an H200's 132
-    programs = -(-M // plan.rows) * -(-N // plan.columns) * plan.splits
-    assert programs >= 0.75 * 132
-    assert plan.splits <= -(-K // 128)
-
-
-def test_a_case_of_the_registry_divides_k():
-    assert _plan(5, 72, 1296, torch.device("cpu")).splits > 1
-
-
 def test_lines_of_scales_are_aligned_for_tma():
     for odd in (scales(3, 5), scales(4, 8)[:, 1:6]):
         moved = aligned(odd)
@@ -164,6 +157,26 @@ def test_lines_of_scales_are_aligned_for_tma():
     assert aligned(even) is even
 
 
-def test_many_rows_take_the_specialised_kernel_where_there_is_one():
-    device = torch.device(DEVICE)
-    assert specialises(4096, device) is not INTERPRETED and not specialises(64, device)
+def test_hopper_has_kernels_of_its_own():
+    assert specialises(torch.device(DEVICE)) is not INTERPRETED
+
+
+def test_the_readable_kernels_compile_for_hopper_too(tmp_path):
+    """The compile gate sees what is launched there, and that are the others."""
+    script = tmp_path / "readable.py"
+    script.write_text(f"""
+import json, sys
+sys.path.insert(0, {str(GATE.parent)!r})
+import compile_gate
+from minidsv3.kernels import fp8_gemm, fp8_grouped_gemm
+for name in ("fp8_gemm", "fp8_grouped_gemm"):
+    sys.modules["minidsv3.kernels." + name].specialises = lambda device: False
+for entry in compile_gate.report(["fp8_gemm", "fp8_wgrad", "fp8_grouped_gemm", "fp8_grouped_wgrad"]):
+    print(json.dumps(entry))
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    entries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {entry["kernel"] for entry in entries} == {"_gemm", "_wgrad", "_clear"}
+    assert not [entry for entry in entries if faults(entry)]
