@@ -24,7 +24,8 @@ class Operation:
     shapes: dict[str, Callable[[], tuple]] = field(default_factory=dict)   # sizes of the full model: what is timed
     peers: dict[str, Callable] = field(default_factory=dict)               # who else computes it, of the same inputs
     flops: Callable[..., float] | None = None            # of inputs: multiplications and additions; None: bytes bound it
-    times_backward: bool = False                         # forward and backward are timed apart
+    backward_flops: float = 2.0                          # times the forward's: each product has two gradients
+    times_backward: bool = False                         # forward and backward are timed together as well
     has_kernel: bool = True
 
 

@@ -59,7 +59,7 @@ def entry(operation: Operation, shape: str, backward: bool) -> dict:
         copies = copies_of_inputs(operation.shapes[shape])
         if name == OURS:
             bytes_moved = traffic(operation, copies[0], backward)
-            flops = operation.flops(*copies[0]) * (3.5 if backward else 1) if operation.flops else None
+            flops = operation.flops(*copies[0]) * (1 + backward * operation.backward_flops) if operation.flops else None
         try:
             with use_kernels("auto"):
                 times[name] = milliseconds([call(operation, function, inputs, backward) for inputs in copies])

@@ -78,4 +78,4 @@ OPERATION = Operation(
             "4 x 1024, 128 heads": lambda: _inputs([1024] * 4, 128, 128, 64, 128)(torch.bfloat16),
             "8 x 2048, 16 heads": lambda: _inputs([2048] * 8, 16, 64, 64, 64)(torch.bfloat16)},
     peers={"cuDNN, key put together": cudnn, "flash, values padded": flash_padded},
-    flops=_flops, times_backward=True)
+    flops=_flops, backward_flops=2.5, times_backward=True)   # five products for two: the logits once more
