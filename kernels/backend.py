@@ -5,7 +5,8 @@
     torch    the definition
 
 Without an accelerator `triton` runs kernels in Triton's interpreter, on CPU tensors: right and slow, for tests and for
-the course. `triton` and `tl` come from here, because macOS and Windows have none and must still import the package.
+the course. `triton` and `tl` come from here, because macOS and Windows have none and must still import the package; so
+do `gluon`, `gl` and `hopper`, for kernels that place data and divide work among warps themselves.
 """
 
 import os
@@ -19,6 +20,9 @@ if not torch.accelerator.is_available():
 try:
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
 except ImportError:
     class _Missing:
         """Takes the place of Triton while kernels are defined; `uses_triton` sees to it that none is launched."""
@@ -28,7 +32,7 @@ except ImportError:
         def __call__(self, *arguments, **options) -> "_Missing":
             return self
 
-    triton = tl = _Missing()
+    triton = tl = gluon = gl = hopper = _Missing()
     AVAILABLE = INTERPRETED = False
 else:
     AVAILABLE, INTERPRETED = True, triton.knobs.runtime.interpret

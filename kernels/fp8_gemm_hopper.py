@@ -32,18 +32,9 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from .backend import processors, triton
+from .backend import gl, gluon, hopper, processors, tl, triton
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
-    gluon = gl = triton   # whatever stands there for a missing Triton
-
+mbarrier, tma = hopper.mbarrier, hopper.tma
 SHARED = 232_448 - 2048    # bytes of shared memory of a multiprocessor, less what barriers and the like take
 TILES = ((16, 1, 1), (32, 1, 1), (64, 1, 1), (128, 1, 1), (32, 2, 1), (64, 2, 1), (128, 2, 1), (128, 3, 1), (128, 2, 2))
 
@@ -196,12 +187,12 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
                 mbarrier.wait(full.index(stage), step // PLAN.stages & 1)
                 for wave in gl.static_range(WAVES):
                     chunk = stage * PLAN.chunks + consumer * WAVES + wave
-                    product = warpgroup_mma(a_ring.index(chunk), b_ring.index(stage).permute((1, 0)), product,
-                                            use_acc=False, is_async=True)
+                    product = hopper.warpgroup_mma(a_ring.index(chunk), b_ring.index(stage).permute((1, 0)), product,
+                                                   use_acc=False, is_async=True)
                     a_scale = as_ring.index(chunk).reshape([64]).load(gl.SliceLayout(1, MMA))
                     if PLAN.tiles:
                         b_scale = bs_ring.index(stage).reshape([COLUMNS]).load(gl.SliceLayout(0, MMA))
-                    product = warpgroup_mma_wait(0, deps=(product,))
+                    product = hopper.warpgroup_mma_wait(0, deps=(product,))
                     if wave == WAVES - 1:
                         mbarrier.arrive(empty.index(stage), count=1)
                     if PLAN.tiles:
@@ -223,7 +214,7 @@ def _consume(consumer: gl.constexpr, a, a_scales, b, b_scales, out, ends, expert
                 if PLAN.accumulate:
                     total += out_tile.load(MMA)
                 out_tile.store(total.to(out.dtype))
-                fence_async_shared()
+                hopper.fence_async_shared()
                 if m + 64 * wave < M:
                     tma.async_copy_shared_to_global(out, [above + m + 64 * wave, n], out_tile)
             tiles += 1
@@ -260,8 +251,8 @@ def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
         mbarrier.init(empty.index(stage), count=PLAN.consumers)
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(fetched.index(consumer), count=1)
-    gdc_wait()
-    gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     ring = (a_ring, as_ring, b_ring, bs_ring, full, empty)
     memory = (a, a_scales, b, b_scales, out, ends, experts, ring, out_tiles, fetched)
     gl.warp_specialize([(_part, (part, PLAN) + memory) for part in (0, 1, 2, 3)[:PLAN.consumers + 1]],
@@ -321,6 +312,7 @@ def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tenso
 
 def _described(x: Tensor, rows: int, columns: int) -> "TensorDescriptor":
     """What TMA needs to copy boxes of x."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], _layout(rows, columns, x.itemsize))
 
 
