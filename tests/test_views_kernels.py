@@ -9,7 +9,8 @@ from test_views import check_rules
 
 from minidsv3.kernels.backend import INTERPRETED, tl, triton
 from minidsv3.kernels.fp8_gemm import place
-from minidsv3.views import kernels, style
+from minidsv3.kernels.registry import OPERATIONS
+from minidsv3.views import kernels, roofline, style
 from minidsv3.views import tile_stepper as stepper
 
 START = stepper.stepper_state()
@@ -147,12 +148,63 @@ def test_stepper_moves_in_code():
         stepper.stepper_state(depth=3)
 
 
+# ---- the stored measurement -----------------------------------------------------------------------------------------
+
+def line(operation: str, shape: str, bytes: int, flops: float | None, backward: bool = False, **ms) -> dict:
+    return {"operation": operation, "shape": shape, "pass": "forward and backward" if backward else "forward",
+            "bytes": bytes, "flops": flops, "ms": ms}
+
+
+SAMPLE = {                              # made up; round numbers, so that floors can be checked by hand
+    "machine": {"gpu": "a GPU"}, "command": "", "ceilings": {"copy_gb_s": 4000.0, "bf16_tflops": 500.0,
+                                                            "fp8_tflops": 1000.0},
+    "entries": [
+        line("rms_norm", "small", 4_000_000, None, minidsv3=0.002, eager=0.02, compiled=0.001),
+        line("rms_norm", "large", 400_000_000, None, minidsv3=0.125, eager=1.0),
+        line("rms_norm", "large", 800_000_000, None, backward=True, minidsv3=0.4),
+        line("fp8_gemm", "few tokens", 120_000_000, 1.2e10, minidsv3=0.04, cuBLASLt="ValueError: not here"),
+        line("fp8_gemm", "many tokens", 250_000_000, 1e12, minidsv3=1.25, cuBLASLt=1.0),
+        line("mla_attention", "causal", 500_000_000, 5e11, minidsv3=2.0, cuDNN=1.6),
+        line("route", "no kernel here", 1000, None, minidsv3="RuntimeError: no", eager=1.0)]}
+
+
+def test_floors_are_bytes_or_flops_whichever_takes_longer():
+    norm, large, both, few, many, attention = roofline.entries(SAMPLE)
+    assert [norm.floor, large.floor, both.floor] == pytest.approx([0.001, 0.1, 0.2])
+    assert few.floor == pytest.approx(0.03) and many.floor == pytest.approx(1.0)
+    assert attention.floor == pytest.approx(1.0)                                # FLOPs at BF16's ceiling
+    assert [large.fraction, few.fraction, many.fraction] == pytest.approx([0.8, 0.75, 0.8])
+    assert few.intensity == pytest.approx(100) and few.tflops == pytest.approx(300) and norm.tflops is None
+
+
+def test_a_failed_contender_is_left_out():
+    found = roofline.entries(SAMPLE)
+    assert len(found) == 6 and found[3].best_peer is None and found[0].best_peer == "compiled"
+    assert found[2].name == "rms norm, forward + backward"
+
+
+def test_ridges_and_the_largest_of_each():
+    assert roofline.ridge(SAMPLE) == 250 and roofline.ridge(SAMPLE, "mla_attention") == 125
+    assert [(entry.operation, entry.shape) for entry in roofline.largest(roofline.entries(SAMPLE))] == [
+        ("rms_norm", "large"), ("rms_norm", "large"), ("fp8_gemm", "many tokens"), ("mla_attention", "causal")]
+
+
+def test_the_tokens_axis_is_the_registry_s_product():
+    operation = OPERATIONS["fp8_gemm"]
+    for tokens in (64, 4096):
+        with torch.device("meta"):
+            inputs = operation.shapes[f"{tokens} x 7168 x 16384"]()
+        moved = sum(x.nbytes for x in inputs if isinstance(x, torch.Tensor)) + 2 * tokens * 7168
+        assert roofline.product_intensity(tokens) == pytest.approx(operation.flops(*inputs) / moved)
+
+
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 PICTURES = {
     "blocks": lambda: kernels.blocks([i // 8 for i in range(27)], 8),
     "work": lambda: kernels.tile_work([1, 4, 16, 64, 256, 512], {"FP8": 1, "BF16": 2}, {"a GPU": 400.0}, 256),
     "states": lambda: stepper.tile_stepper_states({"rows": START, "groups": STATES["grouped"]}),
+    "roofline": lambda: roofline.roofline(SAMPLE), "fractions": lambda: roofline.fractions(SAMPLE),
 }
 
 

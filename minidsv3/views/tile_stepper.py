@@ -274,11 +274,11 @@ def tile_stepper_states(states: dict[str, dict]) -> Picture:
                           for name, each in facts.items()) + ".")
     for axes, (name, state) in zip(picture.subplots(1, len(states)), states.items()):
         _paper(axes, state)
-        axes.set_title(name, fontsize=11)
+        axes.text(N / 2, -BAND - 120, name, ha="center", va="bottom", fontsize=11, weight="bold")
         times = facts[name]["memory_bytes"] / facts[name]["least_bytes"]
         words = f"from memory {times:.1f} x (A + B)\n{facts[name]['flops_a_byte']} FLOP a byte in a step"
         axes.text(N / 2, M + 110, words, ha="center", va="top", fontsize=10.5)
-    picture.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.0, wspace=0.08)
+    picture.subplots_adjust(left=0.01, right=0.99, top=1.0, bottom=0.0, wspace=0.08)
     return picture
 
 
@@ -307,5 +307,5 @@ def _paper(axes, state: dict) -> None:
     for x, y, words in ((-BAND / 2 - 70, M * 0.88, "A"), (N * 0.94, -BAND / 2 - 70, "B"), (N * 0.94, M * 0.88, "C")):
         axes.text(x, y, words, ha="center", va="center", fontsize=12, weight="bold", color=ink(WHITE),
                   bbox=dict(facecolor=WHITE, edgecolor="none", pad=1.5))
-    axes.set(xlim=(-BAND - 90, N + 20), ylim=(M + 420, -BAND - 90), aspect="equal")
+    axes.set(xlim=(-BAND - 90, N + 20), ylim=(M + 420, -BAND - 260), aspect="equal")
     axes.axis("off")
