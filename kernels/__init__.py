@@ -13,6 +13,7 @@ from .fp8_grouped_gemm import (fp8_grouped_gemm, fp8_grouped_gemm_reference, fp8
                                fp8_grouped_wgrad_reference)
 from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
+from .mla_decode import mla_decode, mla_decode_reference
 from .permute import (Permutation, permute, permute_reference, permute_tiles, permute_tiles_reference, sort_by_expert,
                       sort_by_expert_reference, unpermute, unpermute_reference)
 from .quantize import (dequantize_blocks, dequantize_blocks_reference, quantize_blocks, quantize_blocks_reference,
@@ -29,7 +30,8 @@ __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy
            "dequantize_blocks_reference", "fp8_gemm", "fp8_gemm_reference", "fp8_grouped_gemm",
            "fp8_grouped_gemm_reference", "fp8_grouped_wgrad", "fp8_grouped_wgrad_reference", "grouped_gemm",
            "grouped_gemm_reference", "linear", "linear_cross_entropy",
-           "linear_cross_entropy_reference", "mla_attention", "mla_attention_reference", "permute",
+           "linear_cross_entropy_reference", "mla_attention", "mla_attention_reference", "mla_decode",
+           "mla_decode_reference", "permute",
            "permute_reference", "permute_tiles",
            "permute_tiles_reference", "quantize_blocks", "quantize_blocks_reference", "quantize_columns",
            "quantize_columns_reference", "quantize_tiles", "quantize_tiles_reference", "rms_norm",
