@@ -54,8 +54,8 @@ def _slope(LOGITS, TARGETS, LSE, WEIGHTS, stride, words, BLOCK: tl.constexpr):
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """`cross_entropy_reference`; raises ValueError unless logits are [N, vocab] and targets [N].
 
-    Where the kernel computes, backward writes the gradient over the logits: afterwards they hold it, and torch refuses a
-    second backward. It gives NaN for a target outside the vocabulary, which torch refuses elsewhere.
+    Where the kernel computes, backward writes the gradient over the logits: afterwards they hold it, and torch refuses
+    a second backward. It gives NaN for a target outside the vocabulary, which torch refuses elsewhere.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"cross_entropy got logits {list(logits.shape)} and targets {list(targets.shape)}; "

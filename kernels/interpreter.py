@@ -3,7 +3,8 @@
 The stock interpreter (3.6 to 3.9) casts narrow floats wrongly: FP32 -> E4M3 loses a carry out of the mantissa
 (125.3 becomes 64) and does not saturate, FP32 -> BF16 truncates, BF16 arithmetic works on the raw bits. Here every
 cast goes through torch, rounds to nearest even and saturates, as the instruction `cvt.rn.satfinite` does; BF16
-operands are computed in FP32 and rounded; `tl.fma` rounds once. `tests/kernels/test_interpreter.py` compares all codes and a fine grid.
+operands are computed in FP32 and rounded; `tl.fma` rounds once. `tests/kernels/test_interpreter.py` compares all
+codes and a fine grid.
 """
 
 import numpy as np
@@ -84,7 +85,8 @@ def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def from_bits(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(bits).reshape(-1).view(np.uint8).copy()).view(dtype).reshape(bits.shape)
+    raw = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+    return torch.from_numpy(raw.copy()).view(dtype).reshape(bits.shape)
 
 
 def to_bits(values: Tensor) -> np.ndarray:

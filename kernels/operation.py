@@ -23,7 +23,7 @@ class Operation:
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
     shapes: dict[str, Callable[[], tuple]] = field(default_factory=dict)   # sizes of the full model: what is timed
     peers: dict[str, Callable] = field(default_factory=dict)               # who else computes it, of the same inputs
-    flops: Callable[..., float] | None = None            # of inputs: multiplications and additions; None: bytes bound it
+    flops: Callable[..., float] | None = None            # of inputs; None: bytes bound it
     backward_flops: float = 2.0                          # times the forward's: each product has two gradients
     times_backward: bool = False                         # forward and backward are timed together as well
     has_kernel: bool = True

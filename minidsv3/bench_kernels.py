@@ -1,4 +1,4 @@
-"""Speed of the kernels on a GPU: every operation of the registry at full size, peers beside it, fractions of the roofline.
+"""Speed of the kernels on a GPU: every operation of the registry at full size, with its peers beside it.
 
 A number is the median of replays of a CUDA graph that calls a contender once for each of several copies of its inputs,
 after the L2 cache was emptied: nobody finds its inputs in the cache, and no launch from Python is in the time. The

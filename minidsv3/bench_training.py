@@ -1,7 +1,8 @@
 """Speed of a training step of `mini` on one GPU in BF16, beside transformers: the same shape, tokens and optimiser.
 
 Weights, gradients and moments are BF16 on both sides, AdamW is torch's fused one, MTP is off where a peer is compared.
-A number is tokens a second of the median step, after steps that compile and warm up; one contender is in memory at a time.
+A number is tokens a second of the median step, after steps that compile and warm up; one contender is in memory at a
+time.
 Every contender also runs its whole step as one CUDA graph, which takes Python's time for launching kernels away; who
 asks the GPU for a value in the middle of a step cannot.
 """

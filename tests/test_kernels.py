@@ -191,7 +191,8 @@ def test_gradient_reaches_all_scores_in_the_sum_and_never_the_bias():
 
 @pytest.mark.parametrize("call, sentence", [
     (lambda: rms_norm(torch.ones(2, 4), torch.ones(3), 1e-6), r"weight of shape \[3\].*needs \[4\]"),
-    (lambda: rope(torch.ones(1, 2, 4), torch.ones(1, 2, 2), torch.ones(1, 2, 2)), r"x must be \[B, T, heads, nope \+ d\]"),
+    (lambda: rope(torch.ones(1, 2, 4), torch.ones(1, 2, 2), torch.ones(1, 2, 2)),
+     r"x must be \[B, T, heads, nope \+ d\]"),
     (lambda: rope(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4)), r"tables \[B or 1, T, d/2\]"),
     (lambda: swiglu(torch.ones(2), torch.ones(3)), "must be alike"),
     (lambda: swiglu(torch.ones(2), torch.ones(2).double()), "must be alike"),

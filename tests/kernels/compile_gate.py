@@ -1,4 +1,4 @@
-"""Compiles for an H100 or H200 (sm_90a), without one, what the operations launch at full size; prints one JSON line each.
+"""Compiles for an H100 or H200 (sm_90a), without one, what the operations launch at full size; prints a JSON line each.
 
     TRITON_INTERPRET=0 python tests/kernels/compile_gate.py rms_norm rope       (no names: all operations)
 
@@ -113,8 +113,8 @@ def resources(kernel: JITFunction, arguments: tuple, options: dict) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        def dump(what): return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
-        code, usage = dump("--dump-sass"), dump("--dump-resource-usage")
+        code, usage = (subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+                       for what in ("--dump-sass", "--dump-resource-usage"))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {"registers": int(registers), "stack": int(stack), "shared": binary.metadata.shared,
             "warps": binary.metadata.num_warps,

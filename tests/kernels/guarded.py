@@ -19,7 +19,8 @@ class Guards:
 
     def around(self, values: Tensor) -> Tensor:
         """A guarded copy of `values` with the same strides."""
-        span = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride())) + 1 if values.numel() else 0
+        last = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride()))
+        span = last + 1 if values.numel() else 0
         copy = self.flat(span, values.dtype, values.device).as_strided(values.shape, values.stride())
         with torch.no_grad():
             copy.copy_(values)
@@ -40,7 +41,8 @@ class Guards:
 
     def broken(self) -> int:
         """Guard bytes that were overwritten."""
-        return sum(int((side != PATTERN).sum()) for buffer in self.buffers for side in (buffer[:GUARD], buffer[-GUARD:]))
+        sides = (side for buffer in self.buffers for side in (buffer[:GUARD], buffer[-GUARD:]))
+        return sum(int((side != PATTERN).sum()) for side in sides)
 
 
 REAL_EMPTY = torch.empty
@@ -48,7 +50,7 @@ REAL_EMPTY = torch.empty
 
 @contextmanager
 def guarded() -> Iterator[Guards]:
-    """Within, `torch.empty`, `empty_like`, `zeros` and `zeros_like` give guarded tensors; at the end all must be whole."""
+    """Within, `torch.empty`, `empty_like`, `zeros` and `zeros_like` give guarded tensors; in the end all must be whole."""
     guards = Guards()
 
     def like(x: Tensor, dtype: torch.dtype | None = None, **_) -> Tensor:

@@ -20,8 +20,9 @@ FAULTS = 9      # the tool's exit status if it found something
 
 def checked(*names: str) -> subprocess.CompletedProcess:
     """This file as a program under the checker; without torch's allocator every tensor has an end that it knows."""
-    return subprocess.run([TOOL, "--tool", "memcheck", "--error-exitcode", str(FAULTS), sys.executable, __file__, *names],
-                          capture_output=True, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    command = [TOOL, "--tool", "memcheck", "--error-exitcode", str(FAULTS), sys.executable, __file__, *names]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_checker_finds_nothing():

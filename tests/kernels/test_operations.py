@@ -69,7 +69,7 @@ def test_operators_keep_torch_library_s_rules(operation: Operation, case: str, d
             *(() if narrow else ("test_schema",)), "test_autograd_registration", "test_faketensor"))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")   # by Dynamo itself, of a Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")   # what Dynamo itself does
 @pytest.mark.parametrize("operation, case, dtype", FIRST_CASES)
 def test_torch_compile_takes_the_kernel_in_one_graph(operation: Operation, case: str, dtype: torch.dtype):
     inputs = inputs_on(operation, case, dtype, DEVICE)
@@ -82,10 +82,14 @@ def test_torch_compile_takes_the_kernel_in_one_graph(operation: Operation, case:
 @pytest.mark.parametrize("operation, case, dtype", CASES)
 def test_two_runs_give_the_same_bits(operation: Operation, case: str, dtype: torch.dtype):
     inputs = inputs_on(operation, case, dtype, DEVICE)
-    runs = [values_and_gradients(operation, operation.function, fresh(inputs)) for _ in range(2 if INTERPRETED else 100)]
-    for other in runs[1:]:
-        for x, y in zip(runs[0], other, strict=True):
-            assert torch.equal(x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8))
+    first, *others = (bits_of(values_and_gradients(operation, operation.function, fresh(inputs)))
+                      for _ in range(2 if INTERPRETED else 100))
+    assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+
+
+def bits_of(results: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The bytes of each tensor: NaN equals NaN, and -0 is not 0."""
+    return [x.contiguous().view(-1).view(torch.uint8) for x in results]
 
 
 @pytest.mark.parametrize("operation, case, dtype", FIRST_CASES)
@@ -97,7 +101,8 @@ def test_the_comparison_sees_a_wrong_value(operation: Operation, case: str, dtyp
         off = [x.clone() for x in results]
         flat = off[position].view(-1)
         flat = flat.view(torch.uint8) if flat.dtype.itemsize == 1 else flat     # FP8: another code
-        flat[-1] = (flat[-1].float() + max(1.0, 5 * operation.tolerance[dtype] * float(flat.float().abs().max()))).to(flat.dtype)
+        largest = float(flat.float().abs().max())
+        flat[-1] = (flat[-1].float() + max(1.0, 5 * operation.tolerance[dtype] * largest)).to(flat.dtype)
         with pytest.raises(AssertionError):
             assert_alike(off, results, operation.tolerance[dtype])
 
