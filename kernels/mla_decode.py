@@ -124,8 +124,9 @@ def mla_decode(query: Tensor, cache: Tensor, lengths: Tensor, rank: int, scale: 
     multiplies them.
 
     What lies behind a sequence's tokens, up to a multiple of 64, is read with them and multiplied by 0: it must be
-    finite. Entries of `pages` behind its tokens are not read by the kernel. What `lengths` and `pages` say is not checked: that would wait
-    for the GPU. The cache is copied only where its rows have gaps of no whole row, or start at no multiple of 16 bytes.
+    finite. Entries of `pages` behind its tokens are not read by the kernel. What `lengths` and `pages` say is not
+    checked: that would wait for the GPU. The cache is copied only where its rows start at no multiple of 16 bytes, or
+    pages at no whole row.
     Raises ValueError for shapes or dtypes that do not fit together, for pages of other than a multiple of 64 tokens and
     for a scale that is not positive.
     """
@@ -199,8 +200,8 @@ def _launch(query: Tensor, cache: Tensor, lengths: Tensor, rank: int, scale: flo
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int]:
-    """Pages x [P, page, width] as a matrix of all their rows, and rows from one page to the next. Those may be more than
-    a page has, where a cache has room for more tokens than this pass looks at."""
+    """Pages x [P, page, width] as a matrix of all their rows, and rows from one page to the next. Those may be more
+    than a page has, where a cache has room for more tokens than this pass looks at."""
     page, row, column = x.stride()
     if (column != 1 or row < x.shape[2] or row * x.itemsize % 16 or page % row or page < x.shape[1] * row
             or x.data_ptr() % 16):

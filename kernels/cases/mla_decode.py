@@ -54,7 +54,8 @@ def _full(queries: int, heads: int, page: int | None = None):
     return build
 
 
-def bmm_absorbed(query: Tensor, cache: Tensor, lengths: Tensor, rank: int, scale: float, pages: Tensor | None) -> Tensor:
+def bmm_absorbed(query: Tensor, cache: Tensor, lengths: Tensor, rank: int, scale: float,
+                 pages: Tensor | None) -> Tensor:
     """Two batched products and a softmax; logits and probabilities go through memory. It has no pages and takes all
     tokens for seen, which is less work."""
     if pages is not None:
