@@ -10,9 +10,9 @@ import torch
 
 from compare import assert_alike
 from minidsv3.kernels import fp8_gemm, fp8_gemm_reference, use_kernels
-from minidsv3.kernels.backend import INTERPRETED
+from minidsv3.kernels.backend import INTERPRETED, tl, triton
 from minidsv3.kernels.cases.fp8_gemm import TOLERANCE, codes, operands, scales
-from minidsv3.kernels.fp8_gemm import aligned, dequantize_tiles, specialises
+from minidsv3.kernels.fp8_gemm import aligned, dequantize_tiles, place, specialises
 from test_compile_gate import GATE, faults
 from test_operations import DEVICE
 
@@ -147,6 +147,21 @@ def test_refuses_memory_that_tma_cannot_address():
     a, s, b, t = operands(8, 8, 16)
     with use_kernels("triton"), pytest.raises(ValueError, match="starts 8 bytes after a multiple of 16"):
         fp8_gemm(codes(144).narrow(0, 8, 128).view(8, 16), s, b, t)
+
+
+@triton.jit
+def _places(OUT, rows, columns):
+    for t in range(rows * columns):
+        i, j = place(t, rows, columns, 8)
+        tl.store(OUT + i * columns + j, t)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 5), (8, 2), (19, 3)])
+def test_every_tile_has_its_turn_and_bands_go_down_first(rows, columns):
+    turns = torch.full((rows, columns), -1, dtype=torch.int32)
+    _places[(1,)](turns, rows, columns)
+    assert turns.flatten().sort().values.tolist() == list(range(rows * columns))
+    assert turns[:8, 0].tolist() == list(range(min(rows, 8)))
 
 
 def test_lines_of_scales_are_aligned_for_tma():
