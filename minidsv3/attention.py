@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .kernels import contract, mla_attention, rope, uses_triton
+from .kernels import contract, mla_attention, mla_decode, rope, uses_triton
 from .layers import Linear, RMSNorm
 from .rope import rope_table, softmax_scale
 
@@ -137,8 +137,10 @@ class MLA(nn.Module):
             values = context.cache[self.layer]
             values[rows, context.positions] = cached.to(values.dtype)
             cached = values[:, :context.visible.shape[-1]]
-        attend = self.absorbed if self.absorbing_is_cheaper(query.shape[1], cached.shape[1]) else self.expanded
-        return self.o_proj(attend(query, cached, context.visible).flatten(-2))
+        if self.absorbing_is_cheaper(query.shape[1], cached.shape[1]):
+            lengths = None if context.positions is None else context.positions[:, -1] + 1
+            return self.o_proj(self.absorbed(query, cached, context.visible, lengths).flatten(-2))
+        return self.o_proj(self.expanded(query, cached, context.visible).flatten(-2))
 
     def query(self, x: Tensor, context: Context) -> Tensor:
         """q of all heads [B, T, heads, 128 + 64], its last 64 channels rotated (eqs. 6-9)."""
@@ -171,20 +173,31 @@ class MLA(nn.Module):
         packed = (x.flatten(0, 1) for x in (query, key_value, rope_key))
         return mla_attention(*packed, offsets, length, self.scale).unflatten(0, (batch, length))
 
-    def absorbed(self, query: Tensor, cached: Tensor, visible: Tensor | None) -> Tensor:
-        """The same numbers without any key or value a head: all heads read the cache itself."""
-        c, length = self.config, query.shape[1]
+    def absorbed(self, query: Tensor, cached: Tensor, visible: Tensor | None, lengths: Tensor | None = None) -> Tensor:
+        """The same numbers without any key or value a head: all heads read the cache itself.
+
+        `lengths` [B], cached tokens of each row with the new ones, says the same as `visible` to the kernel.
+        """
+        c = self.config
         w_ukv = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
         w_uk, w_uv = w_ukv.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        q_latent = contract("bthd,hdr->bthr", q_nope, w_uk)
-        logits = contract("bthc,bsc->bths", torch.cat((q_latent, q_rope), -1), cached) * self.scale
+        query = torch.cat((contract("bthd,hdr->bthr", q_nope, w_uk), q_rope), -1)
+        if lengths is not None and uses_triton(query, cached):
+            read = mla_decode(query, cached, lengths, c.kv_lora_rank, self.scale)
+        else:
+            read = self.read(query, cached, visible)
+        return contract("bthr,hvr->bthv", read, w_uv)
+
+    def read(self, query: Tensor, cached: Tensor, visible: Tensor | None) -> Tensor:
+        """Latents [B, T, heads, 512], averaged as absorbed queries [B, T, heads, 576] ask."""
         if visible is None:
+            length = query.shape[1]
             visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+        logits = contract("bthc,bsc->bths", query, cached) * self.scale
         logits = logits.masked_fill(~visible.transpose(1, 2), float("-inf"))
         p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(cached.dtype)
-        read = contract("bths,bsr->bthr", p, cached[..., :c.kv_lora_rank])
-        return contract("bthr,hvr->bthv", read, w_uv)
+        return contract("bths,bsr->bthr", p, cached[..., :self.config.kv_lora_rank])
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Counts multiplications a head: expanding costs keys * r(d_k + d_v) once, absorbing that much for each query,

@@ -13,7 +13,6 @@ from minidsv3.kernels.registry import OPERATIONS
 
 GATE = Path(__file__).with_name("compile_gate.py")
 SHARED_LIMIT = 232_448              # bytes of shared memory that one block may have on sm_90
-STACK_BUDGET: dict[tuple[str, str], tuple[int, str]] = {}   # (operation, kernel) -> bytes of stack allowed, and why
 NAMES = [name for name, operation in OPERATIONS.items() if operation.has_kernel and operation.shapes]
 
 
@@ -29,11 +28,10 @@ def compiled() -> dict[str, list[dict]]:
 
 def faults(entry: dict) -> list[str]:
     """Sentences on what is wrong with one compiled kernel."""
-    allowed, _ = STACK_BUDGET.get((entry["operation"], entry["kernel"]), (0, ""))
     found = []
-    if entry["stack"] > allowed:
-        found.append(f"spills {entry['stack']} bytes of stack; {allowed} are allowed")
-    if not allowed and entry["LDL"] + entry["STL"]:
+    if entry["stack"]:
+        found.append(f"spills {entry['stack']} bytes of stack")
+    if entry["LDL"] + entry["STL"]:
         found.append(f"reads or writes local memory {entry['LDL'] + entry['STL']} times")
     if entry["shared"] > SHARED_LIMIT:
         found.append(f"takes {entry['shared']} bytes of shared memory")
@@ -47,13 +45,6 @@ def test_compiles_for_hopper_within_its_means(name):
     assert compiled()[name], "nothing was launched"
     for entry in compiled()[name]:
         assert not faults(entry), entry
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_stack_budget_is_larger_than_needed(name):
-    for (operation, kernel), (allowed, reason) in STACK_BUDGET.items():
-        if operation == name:
-            assert reason and allowed <= max(entry["stack"] for entry in compiled()[name] if entry["kernel"] == kernel)
 
 
 @pytest.mark.parametrize("change, sentence", [

@@ -1,8 +1,9 @@
-"""The whole model through its kernels (interpreted on a CPU, compiled on a GPU) agrees with the model of definitions."""
+"""The whole model through its kernels (interpreted on a CPU, compiled on a GPU) agrees with its definitions."""
 
 import pytest
 import torch
 
+from minidsv3.attention import LatentCache
 from minidsv3.kernels import use_kernels
 from minidsv3.kernels.backend import INTERPRETED
 from minidsv3.moe import has_grouped_mm
@@ -36,3 +37,21 @@ def test_logits_loss_and_gradients_agree():
     assert (logits - wanted_logits).abs().max() <= 2e-5 * wanted_logits.abs().max()
     for name, gradient in gradients.items():
         assert (gradient - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), name
+
+
+def test_decoding_reads_the_cache_through_the_kernel():
+    """Rows of different lengths, then two new tokens each: as the definitions have it."""
+    model = tiny_model(dtype=torch.float32).to(DEVICE)
+    prompt, new = tiny_tokens(2, 9).to(DEVICE), tiny_tokens(2, 2, seed=1).to(DEVICE)
+
+    def logits(kernels: str) -> tuple[torch.Tensor, set[str]]:
+        cache = LatentCache(model.config, 2, 32, device=DEVICE)
+        with torch.no_grad(), use_kernels(kernels), OperatorCalls() as seen:
+            model(prompt, cache)
+            cache.lengths = torch.tensor([9, 5], device=DEVICE)
+            out = model(new, cache)
+        return out, {call[0].name().split("::")[1] for call in seen.calls}
+
+    (ours, operators), (wanted, none) = logits("triton"), logits("torch")
+    assert "mla_decode" in operators and not none
+    assert (ours - wanted).abs().max() <= 2e-5 * wanted.abs().max()
