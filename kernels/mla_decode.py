@@ -48,23 +48,23 @@ def mla_decode_reference(query: Tensor, cache: Tensor, lengths: Tensor, rank: in
 
 
 @triton.jit
-def _share(Lengths, batch, split, SPLITS: tl.constexpr, KEYS: tl.constexpr):
+def _share(Lengths, batch, split, splits, KEYS: tl.constexpr):
     """A sequence's length, and where this share of its keys begins and ends: whole blocks, but for the last one."""
     length = tl.load(Lengths + batch).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(length, KEYS), SPLITS) * KEYS
+    size = tl.cdiv(tl.cdiv(length, KEYS), splits) * KEYS
     return length, split * size, tl.minimum(split * size + size, length)
 
 
 @triton.jit
-def _attend(Q, QR, C, CR, O, L, Lengths, Pages, queries, heads, sequence_pages, page, page_rows, scale,
-            RANK: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-            SPLITS: tl.constexpr, PAGED: tl.constexpr, PRECISION: tl.constexpr):
+def _attend(Q, QR, C, CR, O, L, Lengths, Pages, queries, heads, sequence_pages, page, page_rows, splits,
+            scale, RANK: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+            PAGED: tl.constexpr, PRECISION: tl.constexpr):
     """The output of a tile of rows from one share of the keys; of several shares also its log-sum-exp."""
     batch, split = tl.program_id(1), tl.program_id(2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = queries * heads
-    length, begin, end = _share(Lengths, batch, split, SPLITS, KEYS)
-    if begin < end or SPLITS == 1:
+    length, begin, end = _share(Lengths, batch, split, splits, KEYS)
+    if begin < end or splits == 1:
         seen = tl.minimum(length - queries + 1 + row // heads, end)[:, None]
         q = Q.load([batch * rows + tl.program_id(0) * ROWS, 0])
         q_rope = QR.load([batch * rows + tl.program_id(0) * ROWS, RANK])
@@ -92,16 +92,15 @@ def _attend(Q, QR, C, CR, O, L, Lengths, Pages, queries, heads, sequence_pages, 
         column = tl.arange(0, LATENT)[None, :]
         tl.store(O + out[:, None] * RANK + column, total.to(O.dtype.element_ty),
                  mask=(row < rows)[:, None] & (column < RANK))
-        if SPLITS > 1:
+        if splits > 1:
             tl.store(L + out, highest + tl.log2(weight), mask=row < rows)
 
 
 @triton.jit
-def _combine(Parts, L, O, Lengths, rows, RANK: tl.constexpr, LATENT: tl.constexpr, KEYS: tl.constexpr,
-             SPLITS: tl.constexpr):
+def _combine(Parts, L, O, Lengths, rows, splits, RANK: tl.constexpr, LATENT: tl.constexpr, KEYS: tl.constexpr):
     """One row of the output from those of its shares; a share without keys has written nothing and is not read."""
     row, batch = tl.program_id(0), tl.program_id(1)
-    length, size, _ = _share(Lengths, batch, 1, SPLITS, KEYS)
+    length, size, _ = _share(Lengths, batch, 1, splits, KEYS)
     column = tl.arange(0, LATENT)
     total = tl.zeros((LATENT,), tl.float32)
     weight = 0.0
@@ -192,10 +191,10 @@ def _launch(query: Tensor, cache: Tensor, lengths: Tensor, rank: int, scale: flo
              for columns in ((rank, latent), (width, rope)))
     _attend[triton.cdiv(rows, tiles["ROWS"]), batch, splits](
         *boxes, parts, lse, lengths, pages, queries, heads, 0 if pages is None else pages.shape[1], page, page_rows,
-        scale * LOG2_E, RANK=rank, LATENT=latent, ROPE=rope, SPLITS=splits, PAGED=pages is not None, **tiles)
+        splits, scale * LOG2_E, RANK=rank, LATENT=latent, ROPE=rope, PAGED=pages is not None, **tiles)
     if splits > 1:
-        _combine[rows, batch](parts, lse, out, lengths, rows, RANK=rank, LATENT=latent, KEYS=tiles["KEYS"],
-                              SPLITS=splits, num_warps=4)
+        _combine[rows, batch](parts, lse, out, lengths, rows, splits, RANK=rank, LATENT=latent,
+                              KEYS=tiles["KEYS"], num_warps=4)
     return out
 
 
