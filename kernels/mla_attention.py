@@ -207,14 +207,16 @@ def _backward_keys(Q, QR, K, R, V, DO, L, Delta, DKV, DR, Offsets, tokens, heads
 
 
 @triton.jit
-def _sum_heads(DR, Out, tokens, heads, ROPE: tl.constexpr, ROWS: tl.constexpr):
-    """The rotary key's gradient [N, dr], summed over DR's heads in their order."""
+def _sum_heads(DR, Out, tokens, width, ROPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rotary key's gradient [N, dr] from that of all heads, DR [N, width]: sums of every n-th head, then those."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, ROPE)[None, :]
-    total = tl.zeros((ROWS, ROPE), tl.float32)
-    for head in range(heads):
-        total += tl.load(DR + (row * heads + head) * ROPE + column, mask=row < tokens, other=0.0)
-    tl.store(Out + row * ROPE + column, total.to(Out.dtype.element_ty), mask=row < tokens)
+    column = tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for begin in range(0, width, COLUMNS):
+        inside = (row < tokens) & (begin + column < width)
+        total += tl.load(DR + row * width + begin + column, mask=inside, other=0.0)
+    total = tl.sum(tl.reshape(total, (ROWS, COLUMNS // ROPE, ROPE)), 1)
+    tl.store(Out + row * ROPE + tl.arange(0, ROPE)[None, :], total.to(Out.dtype.element_ty), mask=row < tokens)
 
 
 def mla_attention(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int,
@@ -274,19 +276,19 @@ def _mla_attention(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: 
 def _mla_attention_backward(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int,
                             scale: float, out: Tensor, lse: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key_value and rope_key, from `slope` [N, H, dv]."""
-    widths, (tokens, heads) = _widths(query, key_value, rope_key), query.shape[:2]
+    widths, (tokens, heads), rope = _widths(query, key_value, rope_key), query.shape[:2], rope_key.shape[1]
     d_query, d_key_value, d_rope_key = (torch.empty(x.shape, dtype=x.dtype, device=x.device)
                                         for x in (query, key_value, rope_key))
     if out.numel():
         delta = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
-        d_rope_keys = torch.empty(tokens, heads, widths["ROPE"], dtype=torch.float32, device=query.device)
+        d_rope_keys = torch.empty(tokens, heads, rope, dtype=torch.float32, device=query.device)
         inputs = *(_rows(x) for x in (query, key_value, rope_key)), offsets, max_length
         results = out, lse, _rows(slope), delta, d_query, d_key_value, d_rope_keys
         if specialises(query, widths):
             mla_attention_hopper.backward(*inputs, scale * LOG2_E, scale, *results)
         else:
             _backward_readably(*inputs, scale, *results, widths)
-        _sum_heads[(triton.cdiv(tokens, 16),)](d_rope_keys, d_rope_key, tokens, heads, widths["ROPE"], 16, num_warps=4)
+        _sum_heads[(triton.cdiv(tokens, 4),)](d_rope_keys, d_rope_key, tokens, heads * rope, rope, 4, 8 * rope)
     return d_query, d_key_value, d_rope_key
 
 
