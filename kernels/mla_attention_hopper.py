@@ -14,15 +14,9 @@ diagonal up, so that only the first steps need the causal mask.
 
 from torch import Tensor
 
-from .backend import triton
+from .backend import gl, gluon, hopper, triton
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:
-    gluon = gl = triton   # whatever stands there for a missing Triton
+mbarrier, tma = hopper.mbarrier, hopper.tma
 
 START = 168              # registers of a thread before consumers take 240 and the producer keeps 24
 KEYS = 128               # of a block of the forward pass
@@ -83,8 +77,8 @@ def _logits(a_nope, a_rope, b_nope, b_rope, LAYOUT: gl.constexpr):
     time: an old one, although not used, would keep its registers, and ptxas would then let all products wait."""
     COLUMNS: gl.constexpr = b_nope.shape[0]
     s = gl.zeros((64, COLUMNS), gl.float32, LAYOUT)
-    s = warpgroup_mma(a_nope, b_nope.permute((1, 0)), s, use_acc=False, is_async=True)
-    return warpgroup_mma(a_rope, b_rope.permute((1, 0)), s, is_async=True)
+    s = hopper.warpgroup_mma(a_nope, b_nope.permute((1, 0)), s, use_acc=False, is_async=True)
+    return hopper.warpgroup_mma(a_rope, b_rope.permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
@@ -113,7 +107,7 @@ def _attend(part: gl.constexpr, queries, tiles, O, L, first, length, m, head, to
         mbarrier.arrive(v_empty.index(0), count=1)
     mbarrier.wait(q_full.index(0), 0)
     _await(k_full, start, STAGES)
-    s = warpgroup_mma_wait(0, deps=(_logits(q_nope, q_rope, k_nope.index(start), k_rope.index(start), LOGITS),))
+    s = hopper.warpgroup_mma_wait(0, deps=(_logits(q_nope, q_rope, k_nope.index(start), k_rope.index(start), LOGITS),))
     mbarrier.arrive(k_empty.index(start), count=1)
     key = m + 128 - (start + 1) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS))
     s = gl.where(key[None, :] <= query[:, None], s, float("-inf"))
@@ -130,8 +124,8 @@ def _attend(part: gl.constexpr, queries, tiles, O, L, first, length, m, head, to
         before = (i - 1) % STAGES
         s = _logits(q_nope, q_rope, k_nope.index(stage), k_rope.index(stage), LOGITS)
         _await(v_full, i - 1, STAGES)
-        total = warpgroup_mma(weights, v.index(before), total, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
+        total = hopper.warpgroup_mma(weights, v.index(before), total, is_async=True)
+        s = hopper.warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         higher = gl.maximum(highest, gl.max(s, 1) * scale)
         p = gl.exp2(s * scale - higher[:, None])
@@ -140,12 +134,13 @@ def _attend(part: gl.constexpr, queries, tiles, O, L, first, length, m, head, to
         highest = higher
         if i < last:                           # ptxas moves no exponential across this; without it they would wait
             _await(k_full, i + 1, STAGES)      # for the sum of values
-        total = warpgroup_mma_wait(0, deps=(total,))
+        total = hopper.warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(v_empty.index(before), count=1)
         total *= gl.convert_layout(shrink, gl.SliceLayout(1, VALUES))[:, None]
         weights = gl.convert_layout(p.to(v.dtype), WEIGHTS)
     _await(v_full, last, STAGES)
-    total = warpgroup_mma_wait(0, deps=(warpgroup_mma(weights, v.index(last % STAGES), total, is_async=True),))
+    total = hopper.warpgroup_mma(weights, v.index(last % STAGES), total, is_async=True)
+    total = hopper.warpgroup_mma_wait(0, deps=(total,))
     gl.store(L + head.to(gl.int64) * tokens + first + query, highest + gl.log2(weight), mask=query < length)
     total *= gl.convert_layout(1 / weight, gl.SliceLayout(1, VALUES))[:, None]
     _store(O, total, first, query, length, heads * VALUE, head * VALUE, VALUES)
@@ -197,18 +192,18 @@ def _dq_step(i, dq_nope, dq_rope, queries, tiles, lse, delta, query, m, scale, D
     s = _logits(q_nope, q_rope, k_nope.index(stage), k_rope.index(stage), LOGITS)
     _await(v_full, i, STAGES)
     dp = gl.zeros((64, 64), gl.float32, LOGITS)
-    dp = warpgroup_mma(do, v.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
+    dp = hopper.warpgroup_mma(do, v.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
+    s = hopper.warpgroup_mma_wait(1, deps=(s,))
     p = gl.exp2(s * scale - lse[:, None])
     if DIAGONAL:
         key = m + 64 - i * 64 + gl.arange(0, 64, gl.SliceLayout(0, LOGITS))
         p = gl.where(key[None, :] <= query[:, None], p, 0.0)
-    dp = warpgroup_mma_wait(0, deps=(dp,))
+    dp = hopper.warpgroup_mma_wait(0, deps=(dp,))
     mbarrier.arrive(v_empty.index(stage), count=1)
     ds = gl.convert_layout((p * (dp - delta[:, None])).to(v.dtype), SLOPES)
-    dq_nope = warpgroup_mma(ds, k_nope.index(stage), dq_nope, is_async=True)
-    dq_rope = warpgroup_mma(ds, k_rope.index(stage), dq_rope, is_async=True)
-    dq_nope, dq_rope = warpgroup_mma_wait(0, deps=(dq_nope, dq_rope))
+    dq_nope = hopper.warpgroup_mma(ds, k_nope.index(stage), dq_nope, is_async=True)
+    dq_rope = hopper.warpgroup_mma(ds, k_rope.index(stage), dq_rope, is_async=True)
+    dq_nope, dq_rope = hopper.warpgroup_mma_wait(0, deps=(dq_nope, dq_rope))
     mbarrier.arrive(k_empty.index(stage), count=1)
     return dq_nope, dq_rope
 
@@ -296,18 +291,18 @@ def _dk_step(i, dk_nope, dk_rope, dv, keys, tiles, key, n, scale, DIAGONAL: gl.c
     _await(full, i, STAGES)
     s = _logits(k_nope, k_rope, q_nope.index(stage), q_rope.index(stage), LOGITS)
     dp = gl.zeros((64, QUERIES), gl.float32, LOGITS)
-    dp = warpgroup_mma(v, do.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
+    dp = hopper.warpgroup_mma(v, do.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
+    s = hopper.warpgroup_mma_wait(1, deps=(s,))
     p = gl.exp2(s * scale - lse.index(stage).load(ROW)[None, :])
     if DIAGONAL:
         query = n + i * QUERIES + gl.arange(0, QUERIES, ROW)
         p = gl.where(key[:, None] <= query[None, :], p, 0.0)
-    dv = warpgroup_mma(gl.convert_layout(p.to(do.dtype), WEIGHTS), do.index(stage), dv, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=(dp,))
+    dv = hopper.warpgroup_mma(gl.convert_layout(p.to(do.dtype), WEIGHTS), do.index(stage), dv, is_async=True)
+    dp = hopper.warpgroup_mma_wait(1, deps=(dp,))
     ds = gl.convert_layout((p * (dp - delta.index(stage).load(ROW)[None, :])).to(do.dtype), SLOPES)
-    dk_nope = warpgroup_mma(ds, q_nope.index(stage), dk_nope, is_async=True)
-    dk_rope = warpgroup_mma(ds, q_rope.index(stage), dk_rope, is_async=True)
-    dk_nope, dk_rope, dv = warpgroup_mma_wait(0, deps=(dk_nope, dk_rope, dv))
+    dk_nope = hopper.warpgroup_mma(ds, q_nope.index(stage), dk_nope, is_async=True)
+    dk_rope = hopper.warpgroup_mma(ds, q_rope.index(stage), dk_rope, is_async=True)
+    dk_nope, dk_rope, dv = hopper.warpgroup_mma_wait(0, deps=(dk_nope, dk_rope, dv))
     mbarrier.arrive(empty.index(stage), count=1)
     return dk_nope, dk_rope, dv
 
@@ -448,8 +443,8 @@ def _grid(max_length: int, out: Tensor, offsets: Tensor) -> tuple[int, int, int]
     return triton.cdiv(max_length, 128), out.shape[1], len(offsets) - 1
 
 
-def _box(x: Tensor, rows: int, columns: int) -> "TensorDescriptor":
+def _box(x: Tensor, rows: int, columns: int):
     """What TMA needs to copy blocks of x; its swizzle keeps rows of a tile out of each other's banks."""
-    swizzle = min(columns * x.itemsize, 128)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.itemsize, rank=2)
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    layout = gl.NVMMASharedLayout(min(columns * x.itemsize, 128), 8 * x.itemsize, rank=2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
