@@ -43,14 +43,14 @@ def _large_logits(dtype: torch.dtype) -> tuple:
     return (query * 4).round(), (cache * 4).round(), *rest
 
 
-def _full(queries: int, heads: int, page: int | None = None):
-    """Batch 128 with a context of 4096, at the ranks of the full model."""
+def _full(batch: int, context: int, queries: int, heads: int, page: int | None = None):
+    """Sequences of one length, at the ranks of the full model."""
     def build() -> tuple:
-        shape = (128, 4096) if page is None else (128 * 4096 // page, page)
-        pages = None if page is None else torch.arange(shape[0], dtype=torch.int32).flip(0).view(128, -1)
-        return (torch.randn(128, queries, heads, 576, dtype=torch.bfloat16),
-                torch.randn(*shape, 576, dtype=torch.bfloat16), torch.full((128,), 4096, dtype=torch.int32), 512, 0.135,
-                pages)
+        shape = (batch, context) if page is None else (batch * context // page, page)
+        pages = None if page is None else torch.arange(shape[0], dtype=torch.int32).flip(0).view(batch, -1)
+        return (torch.randn(batch, queries, heads, 576, dtype=torch.bfloat16),
+                torch.randn(*shape, 576, dtype=torch.bfloat16), torch.full((batch,), context, dtype=torch.int32), 512,
+                0.135, pages)
     return build
 
 
@@ -78,7 +78,9 @@ OPERATION = Operation(
            "wide": _inputs([70], 1, 70, 72, 64, 16), "no tokens": _inputs([0, 5, 1], 2, 2, 8),
            "odd widths": _inputs([40, 3], 1, 2, 40, 24, 4), "no sequence": _inputs([], 1, 2, 8),
            "no cache": _inputs([0], 1, 2, 0), "strided": _strided, "large logits": _large_logits},
-    shapes={"b128, context 4096, 128 heads": _full(1, 128), "b128, context 4096, 16 heads": _full(1, 16),
-            "b128, context 4096, 16 heads, 2 queries": _full(2, 16),
-            "b128, context 4096, 128 heads, pages of 64": _full(1, 128, 64)},
+    shapes={"b128, context 4096, 128 heads": _full(128, 4096, 1, 128),
+            "b128, context 4096, 16 heads": _full(128, 4096, 1, 16),
+            "b128, context 4096, 16 heads, 2 queries": _full(128, 4096, 2, 16),
+            "b128, context 4096, 128 heads, pages of 64": _full(128, 4096, 1, 128, 64),
+            "b4, context 16384, 128 heads": _full(4, 16384, 1, 128)},
     peers={"bmm absorbed": bmm_absorbed, "compiled": compiled(mla_decode_reference)}, flops=_flops)
