@@ -26,7 +26,7 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
 def _loss(LOGITS, TARGETS, LOSS, LSE, stride, words, BLOCK: tl.constexpr):
     """One token a program: the sum of exponentials grows block by block and shrinks when a larger logit appears."""
     row = tl.program_id(0).to(tl.int64)
-    peak, total = float("-inf"), 0.0
+    peak, total = -3.4e38, 0.0             # -inf would give NaN where a block holds nothing else
     for start in range(0, words, BLOCK):
         word = start + tl.arange(0, BLOCK)
         x = tl.load(LOGITS + row * stride + word, mask=word < words, other=float("-inf")).to(tl.float32)

@@ -23,11 +23,18 @@ def _rows_apart(dtype: torch.dtype) -> tuple:
     return logits.requires_grad_(), torch.randint(0, 33, (5,))
 
 
+def _words_ruled_out(dtype: torch.dtype) -> tuple:
+    """Logits of -inf, as masks leave them: more of them in front than the kernel takes at once, or behind."""
+    logits = torch.randn(2, 9001, dtype=dtype)
+    logits[0, :8500], logits[1, 500:] = float("-inf"), float("-inf")
+    return logits.requires_grad_(), torch.tensor([8700, 3])
+
+
 SIZES = {"one token": (1, 8), "7 x 24": (7, 24), "33 x 40": (33, 40), "129 x 16": (129, 16)}
 OPERATION = Operation(
     "cross_entropy", cross_entropy, cross_entropy_reference,
-    cases={name: _inputs(*size) for name, size in SIZES.items()} | {"rows apart": _rows_apart,
-                                                                    "several blocks": _inputs(3, 9001)},
+    cases={name: _inputs(*size) for name, size in SIZES.items()} | {
+        "rows apart": _rows_apart, "several blocks": _inputs(3, 9001), "words ruled out": _words_ruled_out},
     shapes={"4096 x 129280": lambda: _inputs(4096, 129280)(torch.bfloat16)},
     peers={"eager": lambda logits, targets: F.cross_entropy(logits.float(), targets, reduction="none"),
            "compiled definition": compiled(cross_entropy_reference)}, times_backward=True)
