@@ -189,6 +189,7 @@ def _fp8_gemm_add(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, into
 def _multiply(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, add: bool) -> None:
     if not out.numel() or not a.shape[1]:
         return None if add else out.zero_()
+    check_starts(a, b, out)
     (M, K), N, tiles = a.shape, len(b), has_tiles(b, b_scales)
     b_scales = aligned(b_scales) if tiles else b_scales.contiguous()
     if specialises(a.device):
@@ -217,11 +218,17 @@ def specialises(device: torch.device) -> bool:
 
 
 def described(x: Tensor, *block: int):
-    """What TMA needs to copy blocks of x; raises ValueError if x does not start at a multiple of 16 bytes."""
-    if x.data_ptr() % 16:
-        raise ValueError(f"an FP8 product got a tensor that starts {x.data_ptr() % 16} bytes after a multiple of 16")
+    """What TMA needs to copy blocks of x."""
     from triton.tools.tensor_descriptor import TensorDescriptor
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
+def check_starts(*tensors: Tensor) -> None:
+    """Raises ValueError unless TMA can address all of them."""
+    for x in tensors:
+        if x.data_ptr() % 16:
+            raise ValueError(f"a product got a tensor {list(x.shape)} {x.dtype} that starts {x.data_ptr() % 16} bytes "
+                             f"after a multiple of 16 bytes; TMA needs it to start at one")
 
 
 def aligned(scales: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import fp8_gemm_hopper
 from .backend import tl, triton, uses_triton
-from .fp8_gemm import (BAND, aligned, blocks_of, check_codes, check_devices, check_into, check_scales, described,
-                       fp8_gemm_reference, place, programs, put, scaled_product, specialises)
+from .fp8_gemm import (BAND, aligned, blocks_of, check_codes, check_devices, check_into, check_scales, check_starts,
+                       described, fp8_gemm_reference, place, programs, put, scaled_product, specialises)
 from .quantize import TILE
 
 
@@ -144,6 +144,7 @@ def _fp8_grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, 
     out = torch.empty(M, N, dtype=torch.bfloat16, device=a.device)
     if not out.numel() or not b.numel():
         return out.zero_()
+    check_starts(a, b)
     if specialises(a.device):
         fp8_gemm_hopper.grouped_gemm(a, aligned(a_scales), b, b_scales, ends, out)
     else:
@@ -173,6 +174,7 @@ def _weight_gradients(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, 
     (M, T), N, experts, ends = a.shape, len(b), len(ends), ends.contiguous()
     if not out.numel() or not T:
         return None if add else out.zero_()
+    check_starts(a, b, out)
     if specialises(a.device) and M % 64 == 0:    # so that no tile of out has rows of two experts
         return fp8_gemm_hopper.grouped_wgrad(a, aligned(a_scales), b, aligned(b_scales), ends, out, accumulate=add)
     _wgrad[(programs(experts * blocks_of(M) * blocks_of(N), a.device),)](

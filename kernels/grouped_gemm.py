@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton, uses_triton
-from .fp8_gemm import BAND, described, place, programs
+from .fp8_gemm import BAND, check_starts, described, place, programs
 from .fp8_grouped_gemm import check_ends, clear_behind, spans
 from .precision import wide
 
@@ -107,6 +107,7 @@ def _weight_gradient(slope: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     out = torch.empty(experts, N, K, dtype=x.dtype, device=x.device)
     if not out.numel() or not len(x):
         return out.zero_()
+    check_starts(slope, x)
     tiles = triton.cdiv(N, BM) * triton.cdiv(K, BN) * experts
     _wgrad[(programs(tiles, x.device),)](
         described(slope, BK, BM), described(x, BK, BN), described(out, 1, BM, BN), ends.contiguous(), N, K, experts,
@@ -120,6 +121,7 @@ def _by_expert(x: Tensor, weight: Tensor, ends: Tensor, along_rows: bool) -> Ten
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if not out.numel() or not K:
         return out.zero_()
+    check_starts(x, weight)
     tiles = (triton.cdiv(M, BM) + experts) * triton.cdiv(N, BN)
     _multiply[(programs(tiles, x.device),)](
         described(x, BM, BK), described(weight, 1, *((BK, BN) if along_rows else (BN, BK))), out, ends, N, K, experts,
