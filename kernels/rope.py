@@ -52,7 +52,8 @@ def _turn(X, COS, SIN, Y, tokens, heads, batch_stride, token_stride, head_stride
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, nope: int = 0) -> Tensor:
     """`rope_reference`; raises ValueError if the tables are not [B or 1, T, d/2] for x [B, T, heads, nope + d]."""
-    if x.dim() != 4 or cos.shape != sin.shape or cos.shape[1:] != (x.shape[1], (x.shape[3] - nope) // 2):
+    if (x.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or len(cos) not in (1, len(x)) or nope < 0
+            or (cos.shape[1], nope + 2 * cos.shape[2]) != (x.shape[1], x.shape[3])):
         raise ValueError(f"rope got x {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)} and nope {nope}; "
                          "x must be [B, T, heads, nope + d] and the tables [B or 1, T, d/2]")
     if uses_triton(x, cos, sin):
