@@ -203,6 +203,7 @@ def test_the_tokens_axis_is_the_registry_s_product():
 PICTURES = {
     "blocks": lambda: kernels.blocks([i // 8 for i in range(27)], 8),
     "work": lambda: kernels.tile_work([1, 4, 16, 64, 256, 512], {"FP8": 1, "BF16": 2}, {"a GPU": 400.0}, 256),
+    "pipelines": lambda: kernels.pipelines({1: [(0, 3, 3, 4), (4, 7, 7, 8)], 2: [(0, 3, 3, 4), (0, 3, 4, 5)]}),
     "states": lambda: stepper.tile_stepper_states({"rows": START, "groups": STATES["grouped"]}),
     "roofline": lambda: roofline.roofline(SAMPLE), "fractions": lambda: roofline.fractions(SAMPLE),
 }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.patches import Rectangle
 
-from .style import BLACK, BLUE, DARK, GREY, SKY, VERMILION, WHITE, YELLOW, Fill, Picture, styled
+from .style import BLACK, BLUE, DARK, GREY, PURPLE, SKY, VERMILION, WHITE, YELLOW, Fill, Picture, styled
 
 PROGRAMS = (Fill(SKY, "|"), Fill(YELLOW, "/"), Fill(GREY, "-"))     # in turn
 OUTSIDE = Fill(WHITE, "x")
@@ -62,4 +62,39 @@ def tile_work(edges: Sequence[int], bytes_a_number: dict[str, int], ridges: dict
     axes.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
     axes.minorticks_off()
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.62))
+    return picture
+
+
+COPY, MULTIPLY = Fill(PURPLE, "."), Fill(BLUE)
+
+
+@styled
+def pipelines(schedules: dict[int, Sequence[tuple[float, float, float, float]]]) -> Picture:
+    """For each number of stages, when tiles are copied and multiplied: (copy begins, ends, product begins, ends) of each
+    step. A lane for each place in shared memory, and one for the tensor cores, whose idle time is crossed."""
+    lanes = sum(stages + 1 for stages in schedules) + 1.1 * len(schedules)
+    ends = {stages: steps[-1][3] for stages, steps in schedules.items()}
+    picture = Picture(10, 0.29 * lanes + 0.7, "Copies and products over time for several numbers of stages: bars in one "
+                      "lane for each place in shared memory, and one lane for the tensor cores. "
+                      + "; ".join(f"{stages} stages: {end:g} units" for stages, end in ends.items()) + ".")
+    axes = picture.add_axes((0.17, 0.55 / (0.29 * lanes + 0.7), 0.81, 1 - 0.6 / (0.29 * lanes + 0.7)))
+    y, ticks = 0.0, {}
+    for stages, steps in schedules.items():
+        axes.text(0, y - 0.52, f"{stages} stage{'s' * (stages > 1)}: {ends[stages]:g} units for {len(steps)} steps",
+                  fontsize=11, weight="bold", va="bottom")
+        for place in range(stages):
+            ticks[y + place] = f"place {place}: copy"
+        ticks[y + stages] = "tensor cores"
+        axes.barh(y + stages, ends[stages], 0.8, color=WHITE, edgecolor=DARK, hatch="xx", linewidth=0.5)
+        for i, (begin, arrived, start, end) in enumerate(steps):
+            axes.barh(y + i % stages, arrived - begin, 0.8, begin, color=COPY.colour, edgecolor=BLACK, hatch="..")
+            axes.barh(y + stages, end - start, 0.8, start, color=MULTIPLY.colour, edgecolor=BLACK)
+            axes.text((begin + arrived) / 2, y + i % stages, str(i), ha="center", va="center", fontsize=9,
+                      bbox=dict(facecolor=WHITE, edgecolor="none", pad=0.8))
+            axes.text((start + end) / 2, y + stages, str(i), ha="center", va="center", fontsize=9, color=WHITE)
+        y += stages + 2.1
+    axes.set(ylim=(y - 1.4, -1.3), xlim=(0, max(ends.values()) + 0.2), xlabel="time, in products of one step")
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
     return picture
