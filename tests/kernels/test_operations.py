@@ -69,14 +69,20 @@ def test_operators_keep_torch_library_s_rules(operation: Operation, case: str, d
             *(() if narrow else ("test_schema",)), "test_autograd_registration", "test_faketensor"))
 
 
+def produced(x):
+    """What an operation gets is another's result: torch 2.11 lets none write its gradient over a graph's input."""
+    return x.clone() if isinstance(x, torch.Tensor) and x.requires_grad else x
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")   # what Dynamo itself does
 @pytest.mark.parametrize("operation, case, dtype", FIRST_CASES)
 def test_torch_compile_takes_the_kernel_in_one_graph(operation: Operation, case: str, dtype: torch.dtype):
     inputs = inputs_on(operation, case, dtype, DEVICE)
-    whole = torch.compile(lambda *x, **o: outputs(operation.function(*x, **o)), fullgraph=True, backend="aot_eager")
+    whole = torch.compile(lambda *x, **o: outputs(operation.function(*map(produced, x), **o)), fullgraph=True,
+                          backend="aot_eager")
     eager = values_and_gradients(operation, operation.function, fresh(inputs))
     torch._dynamo.reset()
-    assert_alike(values_and_gradients(operation, whole, inputs), eager, 1e-6)
+    assert_alike(values_and_gradients(operation, whole, inputs), eager, operation.tolerance[dtype])
 
 
 @pytest.mark.parametrize("operation, case, dtype", CASES)
