@@ -122,11 +122,12 @@ def fp8_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out_dtype
     passes through. Raises ValueError for anything else.
     """
     check_codes("fp8_gemm", a=a, b=b)
+    if a.dim() != 2 or b.dim() != 2 or len(b) % 8:
+        raise ValueError(f"fp8_gemm got a {list(a.shape)} and b {list(b.shape)}; "
+                         f"it needs [M, K] and [N, K] with N a multiple of 8")
     check_scales("fp8_gemm", a_scales=(a_scales, [blocks_of(a.shape[1]), len(a)]))
     blocks = [blocks_of(len(b)), blocks_of(b.shape[1])]
     check_scales("fp8_gemm", b_scales=(b_scales, list(b_scales.shape) if has_tiles(b, b_scales) else blocks))
-    if len(b) % 8:
-        raise ValueError(f"fp8_gemm got b of shape {list(b.shape)}; its rows must be a multiple of 8")
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"fp8_gemm cannot return {out_dtype}; it returns torch.bfloat16 or torch.float32")
     check_devices("fp8_gemm", a, a_scales, b, b_scales, *() if into is None else (into,))

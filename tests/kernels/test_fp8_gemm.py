@@ -127,7 +127,8 @@ def refusals() -> dict:
         r"a_scales .* torch.float64": (a, s.double(), b, t),
         r"a_scales .* strides \[1, 2\]": (a, s.T.contiguous().T, b, t),
         r"b_scales \[2, 2\] .*; it needs \[1, 2\]": (a, s, b, scales(2, 2)),
-        r"b of shape \[20, 144\]; its rows must be a multiple of 8": (a, s, b[:20], t),
+        r"b \[20, 144\]; it needs \[M, K\] and \[N, K\] with N a multiple of 8": (a, s, b[:20], t),
+        r"a \[8, 1, 144\]": (a.view(8, 1, 144), s, b, t),
         "tensors on .*meta": (a, s, b, t.to("meta")),
         "cannot return torch.float16": (a, s, b, t, torch.float16),
         r"into \[8, 24\] torch.bfloat16": (a, s, b, t, FP32, torch.zeros(8, 24, dtype=torch.bfloat16)),
@@ -136,7 +137,7 @@ def refusals() -> dict:
     }
 
 
-@pytest.mark.parametrize("number", range(16))
+@pytest.mark.parametrize("number", range(17))
 def test_refuses(either, number):
     sentence, inputs = list(refusals().items())[number]
     with pytest.raises(ValueError, match=sentence):
