@@ -19,7 +19,6 @@ from .backend import gl, gluon, hopper, triton
 mbarrier, tma = hopper.mbarrier, hopper.tma
 
 START = 168              # registers of a thread before consumers take 240 and the producer keeps 24
-KEYS = 128               # of a block of the forward pass
 SHARED = 230_000         # bytes of shared memory for tiles
 
 
@@ -92,34 +91,30 @@ def _store(X, values, first, row, length, width, column, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _attend(part: gl.constexpr, queries, tiles, O, L, first, length, m, head, tokens, heads, scale,
-            VALUE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr):
+            VALUE: gl.constexpr, STAGES: gl.constexpr):
     """The output of 64 queries. While a block's exponentials are taken, the last block's values are added up."""
-    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
     q_nope, q_rope, q_full = queries
     k_nope, k_rope, v, k_full, k_empty, v_full, v_empty = tiles
     q_nope, q_rope = q_nope.index(part), q_rope.index(part)
     query = m + 64 * part + gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
-    start: gl.constexpr = 1 - part if KEYS == 64 else 0
-    if start == 1:
-        mbarrier.arrive(k_empty.index(0), count=1)
-        mbarrier.arrive(v_empty.index(0), count=1)
     mbarrier.wait(q_full.index(0), 0)
-    _await(k_full, start, STAGES)
-    s = hopper.warpgroup_mma_wait(0, deps=(_logits(q_nope, q_rope, k_nope.index(start), k_rope.index(start), LOGITS),))
-    mbarrier.arrive(k_empty.index(start), count=1)
-    key = m + 128 - (start + 1) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS))
+    _await(k_full, 0, STAGES)
+    s = hopper.warpgroup_mma_wait(0, deps=(_logits(q_nope, q_rope, k_nope.index(0), k_rope.index(0), LOGITS),))
+    mbarrier.arrive(k_empty.index(0), count=1)
+    key = m + gl.arange(0, 128, gl.SliceLayout(0, LOGITS))
     s = gl.where(key[None, :] <= query[:, None], s, float("-inf"))
     highest = gl.max(s, 1) * scale
     p = gl.exp2(s * scale - highest[:, None])
     weight = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(v.dtype), WEIGHTS)
     total = gl.zeros((64, VALUE), gl.float32, VALUES)
-    last = (m + 128) // KEYS - 1
-    if last > start:
-        _await(k_full, start + 1, STAGES)
-    for i in range(start + 1, last + 1):
+    last = m // 128
+    if last > 0:
+        _await(k_full, 1, STAGES)
+    for i in range(1, last + 1):
         stage = i % STAGES
         before = (i - 1) % STAGES
         s = _logits(q_nope, q_rope, k_nope.index(stage), k_rope.index(stage), LOGITS)
@@ -148,7 +143,7 @@ def _attend(part: gl.constexpr, queries, tiles, O, L, first, length, m, head, to
 
 @gluon.jit
 def _forward_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
-                  KEYS: gl.constexpr, STAGES: gl.constexpr, Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale,
+                  STAGES: gl.constexpr, Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale,
                   queries, tiles):
     """The last block of queries, which sees most keys, starts first; behind a sequence's end there is nothing to do."""
     first, length = _sequence(Offsets)
@@ -160,24 +155,24 @@ def _forward_part(part: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VA
             mbarrier.expect(q_full.index(0), 128 * (NOPE + ROPE) * 2)
             _fetch(Q, first + m, head * (NOPE + ROPE), q_full.index(0), q_nope)
             _fetch(QR, first + m, head * (NOPE + ROPE) + NOPE, q_full.index(0), q_rope)
-            _produce_keys(K, R, V, first, m, head * (NOPE + VALUE), tiles, NOPE, ROPE, VALUE, KEYS, STAGES)
+            _produce_keys(K, R, V, first, m, head * (NOPE + VALUE), tiles, NOPE, ROPE, VALUE, 128, STAGES)
         else:
-            _attend(part, queries, tiles, O, L, first, length, m, head, tokens, heads, scale, VALUE, KEYS, STAGES)
+            _attend(part, queries, tiles, O, L, first, length, m, head, tokens, heads, scale, VALUE, STAGES)
 
 
 @gluon.jit
 def _forward(Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, NOPE: gl.constexpr, ROPE: gl.constexpr,
-             VALUE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr):
+             VALUE: gl.constexpr, STAGES: gl.constexpr):
     """A block of queries of one head."""
     q_nope = gl.allocate_shared_memory(Q.dtype, [2, 64, NOPE], Q.layout)
     q_rope = gl.allocate_shared_memory(Q.dtype, [2, 64, ROPE], QR.layout)
-    k_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, KEYS, NOPE], K.layout)
-    k_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, KEYS, ROPE], R.layout)
-    v = gl.allocate_shared_memory(Q.dtype, [STAGES, KEYS, VALUE], V.layout)
+    k_nope = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, NOPE], K.layout)
+    k_rope = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, ROPE], R.layout)
+    v = gl.allocate_shared_memory(Q.dtype, [STAGES, 128, VALUE], V.layout)
     q_full, _ = _barriers(1, 1)
     inputs = (Q, QR, K, R, V, O, L, Offsets, tokens, heads, scale, (q_nope, q_rope, q_full),
               (k_nope, k_rope, v) + _barriers(STAGES, 1) + _barriers(STAGES, 1))
-    gl.warp_specialize([(_forward_part, (part, NOPE, ROPE, VALUE, KEYS, STAGES) + inputs) for part in (0, 1, 2)],
+    gl.warp_specialize([(_forward_part, (part, NOPE, ROPE, VALUE, STAGES) + inputs) for part in (0, 1, 2)],
                        [4, 1], [240, 24])
 
 
@@ -405,9 +400,9 @@ def forward(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor,
     tokens, heads, _ = out.shape
     nope, rope, value = widths = _widths(query, rope_key, out)
     _forward[_grid(max_length, out, offsets)](
-        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, KEYS, nope), _box(rope_key, KEYS, rope),
-        _box(key_value, KEYS, value), out, lse, offsets, tokens, heads, scale, *widths, KEYS,
-        STAGES=_stages(nope + rope, KEYS, sum(widths)), num_warps=4, maxnreg=START)
+        _box(query, 64, nope), _box(query, 64, rope), _box(key_value, 128, nope), _box(rope_key, 128, rope),
+        _box(key_value, 128, value), out, lse, offsets, tokens, heads, scale, *widths,
+        STAGES=_stages(nope + rope, 128, sum(widths)), num_warps=4, maxnreg=START)
 
 
 def backward(query: Tensor, key_value: Tensor, rope_key: Tensor, offsets: Tensor, max_length: int, scale: float,
