@@ -264,7 +264,7 @@ def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, 
     """Fills out, or adds to it. `tile` is one of TILES, in place of the fastest."""
     (M, K), N = a.shape, len(b)
     tiles = b_scales.shape == (triton.cdiv(K, 128), N)
-    tile = tile or _fastest(M, N, K, 1, tiles or out.itemsize == 4, processors(a.device))
+    tile = tile or _fastest(M, N, K, 1, tiles, out.itemsize, processors(a.device))
     _launch(a, a_scales, b, b_scales, out, a_scales, 1, Plan(*tile, out.itemsize, tiles, "nothing", accumulate))
 
 
@@ -272,7 +272,7 @@ def grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends:
                  tile: tuple[int, int, int] | None = None) -> None:
     """Fills the rows of out that belong to an expert."""
     E, N, K = b.shape
-    tile = tile or _fastest(triton.cdiv(len(a), E), N, K, E, out.itemsize == 4, processors(a.device))
+    tile = tile or _fastest(triton.cdiv(len(a), E), N, K, E, False, out.itemsize, processors(a.device))
     _launch(a, a_scales, b.view(E * N, K), b_scales, out, ends, E, Plan(*tile, out.itemsize, False, "rows", False))
 
 
@@ -280,17 +280,14 @@ def grouped_wgrad(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends
                   accumulate: bool = True, tile: tuple[int, int, int] | None = None) -> None:
     """Fills out, or adds to it."""
     E, M, N = out.shape
-    tile = tile or _fastest(M, N, triton.cdiv(a.shape[1], E), E, True, processors(a.device))
+    tile = tile or _fastest(M, N, triton.cdiv(a.shape[1], E), E, True, out.itemsize, processors(a.device))
     _launch(a, a_scales, b, b_scales, out.view(E * M, N), ends, E,
             Plan(*tile, out.itemsize, True, "depth", accumulate))
 
 
 @lru_cache
-def _fastest(M: int, N: int, K: int, experts: int, small: bool, programs: int) -> tuple[int, int, int]:
-    """The one of TILES that takes the program with most of them the least time, by a model fitted to measurements.
-
-    `small` tiles have at most 128 rows: scales of every column of b take registers, and FP32 results shared memory.
-    """
+def _fastest(M: int, N: int, K: int, experts: int, tiles: bool, item: int, programs: int) -> tuple[int, int, int]:
+    """The possible tile that takes the program with most of them the least time, by a model fitted to measurements."""
     def time(tile: tuple[int, int, int]) -> int:
         columns, consumers, waves = tile
         rows = 64 * consumers * waves
@@ -299,7 +296,14 @@ def _fastest(M: int, N: int, K: int, experts: int, small: bool, programs: int) -
         block = max(rows * columns, 52 * loads) + 8 * loads           # loading hides under multiplying, or it does not
         return turns * (triton.cdiv(K, 128) * block + 460 * columns * waves)    # a consumer's waves leave in turn
 
-    return min((tile for tile in TILES if not small or tile[1] * tile[2] <= 2), key=time)
+    return min(possible(tiles, item), key=time)
+
+
+def possible(tiles: bool, item: int) -> list[tuple[int, int, int]]:
+    """TILES without those of more than 128 rows, where scales of every column of b take registers or FP32 results take
+    shared memory; and without those of 16 columns, where their scales would not start at multiples of 128 bytes."""
+    rows = 128 if tiles or item == 4 else 256
+    return [tile for tile in TILES if 64 * tile[1] * tile[2] <= rows and (tile[0] >= 32 or not tiles)]
 
 
 def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, ends: Tensor, experts: int,
