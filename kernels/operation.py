@@ -26,7 +26,6 @@ class Operation:
     flops: Callable[..., float] | None = None            # of inputs; None: bytes bound it
     backward_flops: float = 2.0                          # times the forward's: each product has two gradients
     times_backward: bool = False                         # forward and backward are timed together as well
-    has_kernel: bool = True
 
 
 def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def resources(kernel: JITFunction, arguments: tuple, options: dict) -> dict:
             **{name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}}
 
 
-def report(names: list[str]) -> Iterator[dict]:
+def report(names: Iterable[str]) -> Iterator[dict]:
     """One entry for each kernel that the operations launch, each compiled once."""
     for name in names:
         done = set()
@@ -137,5 +137,5 @@ def report(names: list[str]) -> Iterator[dict]:
 
 
 if __name__ == "__main__":
-    for entry in report(sys.argv[1:] or [name for name, operation in OPERATIONS.items() if operation.has_kernel]):
+    for entry in report(sys.argv[1:] or OPERATIONS):
         print(json.dumps(entry), flush=True)

@@ -50,7 +50,8 @@ REAL_EMPTY = torch.empty
 
 @contextmanager
 def guarded() -> Iterator[Guards]:
-    """Within, `torch.empty`, `empty_like`, `zeros` and `zeros_like` give guarded tensors; in the end all must be whole."""
+    """Within, `torch.empty`, `empty_like`, `zeros` and `zeros_like` give guarded tensors; at the end all are looked
+    at."""
     guards = Guards()
 
     def like(x: Tensor, dtype: torch.dtype | None = None, **_) -> Tensor:

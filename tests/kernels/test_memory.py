@@ -26,7 +26,7 @@ def checked(*names: str) -> subprocess.CompletedProcess:
 
 
 def test_checker_finds_nothing():
-    done = checked(*(name for name, operation in OPERATIONS.items() if operation.has_kernel))
+    done = checked(*OPERATIONS)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 

@@ -24,7 +24,7 @@ def kernel(inputs: tuple, file=FILE, splits: int | None = None) -> torch.Tensor:
     with use_kernels("triton"):
         if splits is None:
             return file.mla_decode(*inputs)
-        return file._launch(*inputs, file._tiles(inputs[0].dtype), splits)
+        return file._launch(*inputs, file._tiles(inputs[0].dtype, inputs[0].shape[1:3].numel()), splits)
 
 
 def test_definition_is_torch_s_attention():
@@ -117,8 +117,8 @@ def test_a_longer_cache_behind_the_tokens_is_not_copied():
 @pytest.mark.parametrize("case, right, wrong", [
     ("two queries", "row // heads, end)", "row // heads + 1, end)"),              # a query sees its successor
     ("two queries", "row // heads, end)", "row // queries, end)"),                # heads and queries exchanged
-    ("1, 70, 200", "total * shrink[:, None]", "total"),                           # a higher maximum forgets nothing
-    ("1, 70, 200", "weight * shrink + tl.sum(p, 1)", "weight + tl.sum(p, 1)"),
+    ("1, 70, 200", "total *= tl.expand_dims(shrink, AXIS)", "total *= 1.0"),                           # a higher maximum forgets nothing
+    ("1, 70, 200", "weight * shrink + tl.sum(p, AXIS)", "weight + tl.sum(p, AXIS)"),
     ("1, 70, 200", "total = total * shrink + grow", "total = total + grow"),      # in the combination
     ("1, 70, 200", "highest + tl.log2(weight)", "tl.log2(weight)"),
     ("1, 70, 200", "CR.load([at, RANK])", "CR.load([at, 0])"),

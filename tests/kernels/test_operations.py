@@ -15,13 +15,12 @@ from minidsv3.kernels.operation import Operation
 from minidsv3.kernels.registry import OPERATIONS
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-KERNELS = {name: operation for name, operation in OPERATIONS.items() if operation.has_kernel}
 CASES = [pytest.param(operation, case, dtype, id=f"{operation.name}-{case}-{dtype}".replace("torch.", ""))
-         for operation in KERNELS.values() for case in operation.cases
+         for operation in OPERATIONS.values() for case in operation.cases
          for dtype in operation.dtypes if dtype != torch.float64]
 FIRST_CASES = [pytest.param(operation, next(iter(operation.cases)), operation.dtypes[0] if operation.dtypes[0] !=
                             torch.float64 else operation.dtypes[1], id=operation.name)
-               for operation in KERNELS.values()]
+               for operation in OPERATIONS.values()]
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
