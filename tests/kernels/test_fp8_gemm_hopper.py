@@ -124,6 +124,32 @@ def test_many_turns_give_the_same_bits_in_every_run(tile):
         assert torch.equal(again, first)
 
 
+@needs_gpu
+def test_waits_for_the_kernel_before_and_is_waited_for():
+    """It begins early, and yet reads what is written right before it; what it writes is read right after it."""
+    M, N, K = 512, 2048, 1024
+    a, a_scales, b, b_scales = codes(M, K), scales(8, M), codes(N, K), scales(16, 8).contiguous()
+    inputs, out = torch.randn(8, M, K, device="cuda"), torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
+    results = torch.empty(8, M, N, dtype=torch.bfloat16, device="cuda")
+
+    def chain():
+        for x, result in zip(inputs, results):
+            a.copy_(x)
+            hopper.gemm(a, a_scales, b, b_scales, out)
+            torch.neg(out, out=result)
+
+    chain()
+    weight = dequantize_blocks_reference(b, b_scales)
+    for x, result in zip(inputs, results):
+        assert_near(-result, dequantize_tiles(x.to(a.dtype), a_scales) @ weight.T)
+    eager, graph = results.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    results.zero_()
+    graph.replay()
+    assert torch.equal(results, eager)
+
+
 @pytest.mark.parametrize("item, tiles", ((2, False), (2, True), (4, False), (4, True)))
 def test_at_least_three_stages_fit_and_start_where_tma_can_write(item, tiles):
     for tile in hopper.possible(tiles, item):
