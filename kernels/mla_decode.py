@@ -4,8 +4,8 @@
     o = sum over j of softmax_j(s[j]) c[j]                           and W^UV, afterwards, to the output's
 
 A row of the cache is the latent c (512 channels at full size) and then the rotary key (64). A block of latents, once
-in shared memory, serves as keys and as values. A tile is 64 rows: pairs of a query and a head of one sequence, so that
-128 heads are two tiles that read the cache at the same time (L2 holds it for the second), and 16 heads with two
+in shared memory, serves as keys and as values. A tile is up to 64 rows: pairs of a query and a head of one sequence, so
+that 128 heads are two tiles that read the cache at the same time (L2 holds it for the second), and 16 heads with two
 queries share one tile. Softmax goes block by block, with a running maximum m and sum l of each row.
 
 Where sequences are too few to fill the GPU, the keys of each are split into shares of whole blocks. A share leaves its
@@ -58,17 +58,22 @@ def _share(Lengths, batch, split, splits, KEYS: tl.constexpr):
 @triton.jit
 def _attend(Q, QR, C, CR, O, L, Lengths, Pages, queries, heads, sequence_pages, page, page_rows, splits,
             scale, RANK: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-            PAGED: tl.constexpr, PRECISION: tl.constexpr):
-    """The output of a tile of rows from one share of the keys; of several shares also its log-sum-exp."""
+            PAGED: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    """The output of a tile of rows from one share of the keys; of several shares also its log-sum-exp.
+
+    Logits stand as [rows, keys] and the output as [rows, latent], or turned: [keys, rows] and [latent, rows]. The
+    tensor cores multiply 64 rows of the left factor at a time: turned, those are keys and channels.
+    """
+    AXIS: tl.constexpr = 0 if TURNED else 1                  # the logits' axis of keys
     batch, split = tl.program_id(1), tl.program_id(2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = queries * heads
     length, begin, end = _share(Lengths, batch, split, splits, KEYS)
     if begin < end or splits == 1:
-        seen = tl.minimum(length - queries + 1 + row // heads, end)[:, None]
+        seen = tl.expand_dims(tl.minimum(length - queries + 1 + row // heads, end), AXIS)
         q = Q.load([batch * rows + tl.program_id(0) * ROWS, 0])
         q_rope = QR.load([batch * rows + tl.program_id(0) * ROWS, RANK])
-        total = tl.zeros((ROWS, LATENT), tl.float32)
+        total = tl.zeros((LATENT, ROWS) if TURNED else (ROWS, LATENT), tl.float32)
         weight = tl.zeros((ROWS,), tl.float32)
         highest = tl.full((ROWS,), -1e30, tl.float32)        # -inf would give NaN to a row that sees nothing
         for n in tl.range(begin, end, KEYS):
@@ -76,22 +81,29 @@ def _attend(Q, QR, C, CR, O, L, Lengths, Pages, queries, heads, sequence_pages, 
                 at = tl.load(Pages + batch * sequence_pages + n // page).to(tl.int32) * page_rows + n % page
             else:
                 at = batch * page_rows + n
-            c = C.load([at, 0])
-            s = tl.dot(q, c.T, input_precision=PRECISION)
-            s = tl.dot(q_rope, CR.load([at, RANK]).T, s, input_precision=PRECISION)
-            s = tl.where(n + tl.arange(0, KEYS)[None, :] < seen, s * scale, float("-inf"))
-            higher = tl.maximum(highest, tl.max(s, 1))
-            p = tl.exp2(s - higher[:, None])
+            c, c_rope = C.load([at, 0]), CR.load([at, RANK])
+            if TURNED:
+                s = tl.dot(c_rope, q_rope.T, tl.dot(c, q.T, input_precision=PRECISION), input_precision=PRECISION)
+            else:
+                s = tl.dot(q_rope, c_rope.T, tl.dot(q, c.T, input_precision=PRECISION), input_precision=PRECISION)
+            key = tl.expand_dims(n + tl.arange(0, KEYS), 1 - AXIS)
+            s = tl.where(key < seen, s * scale, float("-inf"))
+            higher = tl.maximum(highest, tl.max(s, AXIS))
+            p = tl.exp2(s - tl.expand_dims(higher, AXIS))
             shrink = tl.exp2(highest - higher)
-            weight = weight * shrink + tl.sum(p, 1)
-            total = tl.dot(p.to(c.dtype), c, total * shrink[:, None], input_precision=PRECISION)
+            weight = weight * shrink + tl.sum(p, AXIS)
+            total *= tl.expand_dims(shrink, AXIS)
+            if TURNED:
+                total = tl.dot(c.T, p.to(c.dtype), total, input_precision=PRECISION)
+            else:
+                total = tl.dot(p.to(c.dtype), c, total, input_precision=PRECISION)
             highest = higher
-        out = (tl.num_programs(1) * split + batch).to(tl.int64) * rows + row
         weight = tl.where(weight > 0, weight, 1.0)           # a row that sees nothing: total is 0
-        total /= weight[:, None]
-        column = tl.arange(0, LATENT)[None, :]
-        tl.store(O + out[:, None] * RANK + column, total.to(O.dtype.element_ty),
-                 mask=(row < rows)[:, None] & (column < RANK))
+        out = (tl.num_programs(1) * split + batch).to(tl.int64) * rows + row
+        column = tl.expand_dims(tl.arange(0, LATENT), 1 - AXIS)
+        tl.store(O + tl.expand_dims(out, AXIS) * RANK + column,
+                 (total / tl.expand_dims(weight, AXIS)).to(O.dtype.element_ty),
+                 mask=tl.expand_dims(row < rows, AXIS) & (column < RANK))
         if splits > 1:
             tl.store(L + out, highest + tl.log2(weight), mask=row < rows)
 
@@ -154,19 +166,22 @@ def _mla_decode(query: Tensor, cache: Tensor, lengths: Tensor, rank: int, scale:
                 pages: Tensor | None) -> Tensor:
     if not (query.numel() and cache.numel()):
         return torch.zeros(*query.shape[:3], rank, dtype=query.dtype, device=query.device)
-    tiles = _tiles(query.dtype)
-    programs = len(query) * triton.cdiv(query.shape[1] * query.shape[2], tiles["ROWS"])
+    rows = query.shape[1] * query.shape[2]
+    tiles = _tiles(query.dtype, rows)
+    programs = len(query) * triton.cdiv(rows, tiles["ROWS"])
     blocks = triton.cdiv(cache.shape[1] * (1 if pages is None else pages.shape[1]), tiles["KEYS"])
     return _launch(query, cache, lengths, rank, scale, pages, tiles,
                    _splits(programs, blocks, processors(query.device)))
 
 
-def _tiles(dtype: torch.dtype) -> dict:
+def _tiles(dtype: torch.dtype, rows: int) -> dict:
     """Rows and keys of a block. The output of 64 rows, 64 x 512 in FP32, takes half of the registers, and 64 queries
-    with two blocks of 64 keys all of shared memory. FP32 has no tensor cores here: small tiles, in full precision."""
+    with two blocks of 64 keys all of shared memory. Few rows would leave tensor cores idle, unless they are turned.
+    FP32 has no tensor cores here: small tiles, in full precision."""
     if dtype == torch.float32:
-        return {"ROWS": 16, "KEYS": 32, "PRECISION": "ieee", "num_warps": 4, "num_stages": 1}
-    return {"ROWS": 64, "KEYS": 64, "PRECISION": "tf32", "num_warps": 8, "num_stages": 2}
+        return {"ROWS": 16, "KEYS": 32, "TURNED": False, "PRECISION": "ieee", "num_warps": 4, "num_stages": 1}
+    rows, warps = (64, 8) if rows > 32 else (32, 4) if rows > 16 else (16, 4)
+    return {"ROWS": rows, "KEYS": 64, "TURNED": rows < 64, "PRECISION": "tf32", "num_warps": warps, "num_stages": 2}
 
 
 def _splits(programs: int, blocks: int, processors: int) -> int:

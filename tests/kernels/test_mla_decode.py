@@ -117,7 +117,7 @@ def test_a_longer_cache_behind_the_tokens_is_not_copied():
 @pytest.mark.parametrize("case, right, wrong", [
     ("two queries", "row // heads, end)", "row // heads + 1, end)"),              # a query sees its successor
     ("two queries", "row // heads, end)", "row // queries, end)"),                # heads and queries exchanged
-    ("1, 70, 200", "total *= tl.expand_dims(shrink, AXIS)", "total *= 1.0"),                           # a higher maximum forgets nothing
+    ("1, 70, 200", "total *= tl.expand_dims(shrink, AXIS)", "total *= 1.0"),         # a higher maximum forgets nothing
     ("1, 70, 200", "weight * shrink + tl.sum(p, AXIS)", "weight + tl.sum(p, AXIS)"),
     ("1, 70, 200", "total = total * shrink + grow", "total = total + grow"),      # in the combination
     ("1, 70, 200", "highest + tl.log2(weight)", "tl.log2(weight)"),
