@@ -12,7 +12,8 @@ which makes the blocks once more. With p = softmax(s):
     dq[t] = scale sum_j ds[t, j] k[j]              dk[j] = scale sum_t ds[t, j] q[t]      (k_rope: over heads as well)
 
 One kernel goes along the keys of each query block and another along the queries of each key block, so that every sum
-has one owner and one order.
+has one owner and one order. On Hopper mla_attention_hopper.py does the same with warps that specialise; the kernels
+here are the ones to read.
 """
 
 from itertools import pairwise
@@ -312,6 +313,7 @@ def specialises(x: Tensor, widths: dict[str, int]) -> bool:
 
 
 def _forward_readably(query, key_value, rope_key, offsets, max_length, scale, out, lse, widths) -> None:
+    """Fills out and lse with the kernel of this file."""
     tokens, heads, _ = out.shape
     tiles = _tiles("forward", out.dtype)
     _forward[_grid(max_length, tiles["QUERIES"], out, offsets)](
@@ -321,6 +323,7 @@ def _forward_readably(query, key_value, rope_key, offsets, max_length, scale, ou
 
 def _backward_readably(query, key_value, rope_key, offsets, max_length, scale, out, lse, slope, delta, d_query,
                        d_key_value, d_rope_keys, widths) -> None:
+    """Fills delta and the gradients with the kernels of this file; delta first, which dk needs."""
     tokens, heads, value = out.shape
     rest = offsets, tokens, heads, scale * LOG2_E, scale
     tiles = _tiles("queries", out.dtype)
