@@ -36,6 +36,7 @@ from .backend import gl, gluon, hopper, processors, tl, triton
 
 mbarrier, tma = hopper.mbarrier, hopper.tma
 SHARED = 232_448 - 2048    # bytes of shared memory of a multiprocessor, less what barriers and the like take
+# columns, consumers, waves:
 TILES = ((16, 1, 1), (32, 1, 1), (64, 1, 1), (128, 1, 1), (32, 2, 1), (64, 2, 1), (128, 2, 1), (128, 3, 1), (128, 2, 2))
 
 
@@ -261,7 +262,7 @@ def _multiply(a, a_scales, b, b_scales, out, ends, experts, PLAN: gl.constexpr):
 
 def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, accumulate: bool = False,
          tile: tuple[int, int, int] | None = None) -> None:
-    """Fills out, or adds to it. `tile` is one of TILES, in place of the fastest."""
+    """Fills out, or adds to it. `tile` is one of `possible`, in place of the fastest."""
     (M, K), N = a.shape, len(b)
     tiles = b_scales.shape == (triton.cdiv(K, 128), N)
     tile = tile or _fastest(M, N, K, 1, tiles, out.itemsize, processors(a.device))
