@@ -1,4 +1,4 @@
-"""Draws README's pictures: docs/train_nano.png from results/train_nano.json, and docs/model_map.png.
+"""Draws README's pictures from results/: docs/train_nano.png, docs/kernels.png, and docs/model_map.png.
 
     python tools/readme_figures.py [runs/nano]
 
