@@ -87,9 +87,9 @@ def _attend(Q, QR, C, CR, O, L, Lengths, Pages, queries, heads, sequence_pages, 
             else:
                 s = tl.dot(q_rope, c_rope.T, tl.dot(q, c.T, input_precision=PRECISION), input_precision=PRECISION)
             key = tl.expand_dims(n + tl.arange(0, KEYS), 1 - AXIS)
-            s = tl.where(key < seen, s * scale, float("-inf"))
-            higher = tl.maximum(highest, tl.max(s, AXIS))
-            p = tl.exp2(s - tl.expand_dims(higher, AXIS))
+            s = tl.where(key < seen, s, float("-inf"))
+            higher = tl.maximum(highest, tl.max(s, AXIS) * scale)
+            p = tl.exp2(s * scale - tl.expand_dims(higher, AXIS))
             shrink = tl.exp2(highest - higher)
             weight = weight * shrink + tl.sum(p, AXIS)
             total *= tl.expand_dims(shrink, AXIS)
@@ -179,7 +179,7 @@ def _tiles(dtype: torch.dtype, rows: int) -> dict:
     with two blocks of 64 keys all of shared memory. Few rows would leave tensor cores idle, unless they are turned.
     FP32 has no tensor cores here: small tiles, in full precision."""
     if dtype == torch.float32:
-        return {"ROWS": 16, "KEYS": 32, "TURNED": False, "PRECISION": "ieee", "num_warps": 4, "num_stages": 1}
+        return {"ROWS": 16, "KEYS": 16, "TURNED": False, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     rows, warps = (64, 8) if rows > 32 else (32, 4) if rows > 16 else (16, 4)
     return {"ROWS": rows, "KEYS": 64, "TURNED": rows < 64, "PRECISION": "tf32", "num_warps": warps, "num_stages": 2}
 
