@@ -4,7 +4,7 @@ In the readable kernel of mla_decode.py all warps of a program multiply together
 while the tensor cores wait; and its two groups of four warps, which share the 64 x 512 output out among them, hand
 logits and weights to each other. Here the warps of a program have parts of their own:
 
-    producer     one warp: copies blocks of 64 rows of the cache into shared memory (TMA), as fast as they make room
+    producer     copies blocks of 64 rows of the cache into shared memory (TMA), as fast as consumers make room
     consumers    two groups of four warps: each owns half of the output's channels, for all 64 rows
 
 Both consumers take all logits of a block, which is half as much work again, and in exchange need nothing of each other:
@@ -17,6 +17,7 @@ from .backend import gl, gluon, hopper, triton
 from .mla_attention_hopper import START, _await, _barriers, _box
 
 mbarrier, tma = hopper.mbarrier, hopper.tma
+WIDTHS = 512, 576         # channels of the latent and of a row: the only ones that this kernel takes
 
 
 @gluon.jit
@@ -96,8 +97,8 @@ def _consume(part: gl.constexpr, queries, tiles, O, L, seen, row, rows, begin, e
 
 
 @gluon.jit
-def _part(part: gl.constexpr, PAGED: gl.constexpr, SPLIT: gl.constexpr, Q, QR, C, CR, O, L, Lengths, Pages, new, heads, sequence_pages, page,
-          page_rows, splits, scale, queries, tiles):
+def _part(part: gl.constexpr, PAGED: gl.constexpr, SPLIT: gl.constexpr, Q, QR, C, CR, O, L, Lengths, Pages, new,
+          heads, sequence_pages, page, page_rows, splits, scale, queries, tiles):
     """What one group of warps does. A share without keys leaves nothing, but for the only one, which leaves zeros."""
     batch = gl.program_id(1)
     split = gl.program_id(2)
@@ -120,7 +121,8 @@ def _part(part: gl.constexpr, PAGED: gl.constexpr, SPLIT: gl.constexpr, Q, QR, C
 @gluon.jit
 def _attend(Q, QR, C, CR, O, L, Lengths, Pages, new, heads, sequence_pages, page, page_rows, splits, scale,
             PAGED: gl.constexpr, SPLIT: gl.constexpr):
-    """The output of a tile of rows from one share of the keys; of several shares also its log-sum-exp."""
+    """The output of a tile of rows from one share of the keys; of several shares also its log-sum-exp. The warps that
+    start the program produce: those of a consumer would keep its arguments in registers that it has not."""
     q_left = gl.allocate_shared_memory(Q.dtype, [64, 256], Q.layout)
     q_right = gl.allocate_shared_memory(Q.dtype, [64, 256], Q.layout)
     q_rope = gl.allocate_shared_memory(Q.dtype, [64, 64], QR.layout)
@@ -130,15 +132,14 @@ def _attend(Q, QR, C, CR, O, L, Lengths, Pages, new, heads, sequence_pages, page
     q_full, _ = _barriers(1, 1)
     inputs = (Q, QR, C, CR, O, L, Lengths, Pages, new, heads, sequence_pages, page, page_rows, splits, scale,
               (q_left, q_right, q_rope, q_full), (left, right, rope) + _barriers(2, 1))
-    gl.warp_specialize([(_part, (part, PAGED, SPLIT) + inputs) for part in (0, 1, 2)], [4, 1], [240, 24])
+    gl.warp_specialize([(_part, (part, PAGED, SPLIT) + inputs) for part in (2, 0, 1)], [4, 4], [240, 240])
 
 
 def attend(query: Tensor, cache: Tensor, parts: Tensor, lse: Tensor | None, lengths: Tensor, pages: Tensor | None,
-           new: int, heads: int, page: int, page_rows: int, splits: int, scale: float) -> None:
-    """Fills parts and lse. query and cache are matrices of one row; scale goes with exp2."""
-    batch = len(lengths)
-    _attend[triton.cdiv(new * heads, 64), batch, splits](
-        _box(query, 64, 256), _box(query, 64, 64), _box(cache, 64, 256), _box(cache, 64, 64), parts,
-        parts if lse is None else lse, lengths, lengths if pages is None else pages, new, heads,
-        0 if pages is None else pages.shape[1], page, page_rows, splits, scale, PAGED=pages is not None, SPLIT=splits > 1,
-        num_warps=4, maxnreg=START)
+           new: int, heads: int, sequence_pages: int, page: int, page_rows: int, splits: int, scale: float) -> None:
+    """Fills parts and, of several shares, lse. query and cache are matrices of 576 columns; scale goes with exp2."""
+    boxes = _box(query, 64, 256), _box(query, 64, 64), _box(cache, 64, 256), _box(cache, 64, 64)
+    _attend[triton.cdiv(new * heads, 64), len(lengths), splits](
+        *boxes, parts, lengths if lse is None else lse, lengths, lengths if pages is None else pages, new, heads,
+        sequence_pages, page, page_rows, splits, scale, PAGED=pages is not None, SPLIT=splits > 1, num_warps=4,
+        maxnreg=START)         # partitions of warps are given tensors, no None: `lengths` stands for what is not read
