@@ -164,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _loss_and_slope(logits: Tensor, target: Tensor, w: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
     """The weighted sum of the losses of a chunk, and its gradient by the logits, written over them."""
-    if uses_triton(logits, target):
+    if uses_triton(logits, target) and not torch.compiler.is_compiling():   # which fuses the definition itself
         losses, lse = _cross_entropy(logits, target)
         if learns:
             _cross_entropy_backward(logits, target, lse, w)
