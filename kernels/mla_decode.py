@@ -13,13 +13,15 @@ own output o_i and log2 of its sum of exponentials L_i, in FP32, and a second ke
 
     o = sum_i 2^(L_i - M) o_i / sum_i 2^(L_i - M),    M = max_i L_i
 
-How many shares depends on shapes only; how long they are, on a sequence's length, which the host never reads.
+How many shares depends on shapes only; how long they are, on a sequence's length, which the host never reads. On
+Hopper mla_decode_hopper.py takes tiles of 64 rows at the widths of the full model.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import mla_decode_hopper
 from .backend import processors, tl, triton, uses_triton
 from .precision import wide
 
@@ -202,15 +204,26 @@ def _launch(query: Tensor, cache: Tensor, lengths: Tensor, rank: int, scale: flo
         parts = torch.empty(splits, batch, rows, rank, dtype=torch.float32, device=query.device)
         lse = torch.empty(splits, batch, rows, dtype=torch.float32, device=query.device)
     latent, rope = (max(triton.next_power_of_2(columns), 16) for columns in (rank, width - rank))
-    boxes = (_box(x, tiles[size], *columns) for x, size in ((query, "ROWS"), (cache, "KEYS"))
-             for columns in ((rank, latent), (width, rope)))
-    _attend[triton.cdiv(rows, tiles["ROWS"]), batch, splits](
-        *boxes, parts, lse, lengths, pages, queries, heads, 0 if pages is None else pages.shape[1], page, page_rows,
-        splits, scale * LOG2_E, RANK=rank, LATENT=latent, ROPE=rope, PAGED=pages is not None, **tiles)
+    sizes = queries, heads, 0 if pages is None else pages.shape[1], page, page_rows, splits, scale * LOG2_E
+    if specialises(query, rank, rows):
+        mla_decode_hopper.attend(query, cache, parts, lse, lengths, pages, *sizes)
+    else:
+        boxes = (_box(x, tiles[size], *columns) for x, size in ((query, "ROWS"), (cache, "KEYS"))
+                 for columns in ((rank, latent), (width, rope)))
+        _attend[triton.cdiv(rows, tiles["ROWS"]), batch, splits](
+            *boxes, parts, lse, lengths, pages, *sizes, RANK=rank, LATENT=latent, ROPE=rope, PAGED=pages is not None,
+            **tiles)
     if splits > 1:
         _combine[rows, batch](parts, lse, out, lengths, rows, splits, RANK=rank, LATENT=latent,
                               KEYS=tiles["KEYS"], num_warps=4)
     return out
+
+
+def specialises(query: Tensor, rank: int, rows: int) -> bool:
+    """Whether the kernel of mla_decode_hopper.py takes such inputs. Triton's interpreter has no Gluon."""
+    hopper = query.device.type != "cuda" or torch.cuda.get_device_capability(query.device)[0] == 9
+    fits = (rank, query.shape[-1]) == mla_decode_hopper.WIDTHS and rows > 32      # few rows are turned instead
+    return hopper and fits and query.itemsize == 2 and not triton.knobs.runtime.interpret
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from compare import assert_alike, inputs_on
 from minidsv3.kernels import mla_decode, mla_decode_reference, use_kernels
 from minidsv3.kernels.backend import INTERPRETED
+from minidsv3.kernels.cases import mla_decode as cases
 from minidsv3.kernels.registry import OPERATIONS
 from mutated import mutated
 from test_operations import DEVICE
@@ -134,6 +135,22 @@ def test_the_comparison_sees_a_fault(tmp_path, case: str, right: str, wrong: str
     with pytest.raises(AssertionError):
         assert_alike([kernel(inputs, mutated("mla_decode", right, wrong, tmp_path), 3)], theirs,
                      OPERATION.tolerance[torch.float32])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter has no specialised warps")
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("build", [cases._inputs([300, 64, 1, 0, 65], 2, 40, 300, 512, 64),
+                                   cases._paged([300, 64, 1, 65], 1, 128, 64, 512, 64)], ids=["contiguous", "pages"])
+def test_specialised_warps(monkeypatch, build, splits: int):
+    """At the widths of the full model; and the comparison sees logits that are too small."""
+    with torch.device(DEVICE):
+        inputs = build(torch.bfloat16)
+    theirs = [mla_decode_reference(*inputs)]
+    assert FILE.specialises(inputs[0], 512, 80)
+    assert_alike([kernel(inputs, splits=splits)], theirs, OPERATION.tolerance[torch.bfloat16])
+    monkeypatch.setattr(FILE, "LOG2_E", 1.0)
+    with pytest.raises(AssertionError):
+        assert_alike([kernel(inputs, splits=splits)], theirs, OPERATION.tolerance[torch.bfloat16])
 
 
 @pytest.mark.parametrize("position, change, sentence", [
