@@ -283,7 +283,7 @@ def _spread(x: Tensor, rows: Tensor, sources: Tensor, y: Tensor | None = None,
 def _whole(width: int) -> dict:
     """A program takes a whole row."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}
 
 
 @_sort_by_expert.register_fake
