@@ -13,6 +13,7 @@ from minidsv3 import ModelConfig
 from minidsv3.bench import machine
 from minidsv3.views.model_map import model_map
 from minidsv3.views.overview import loss_curve
+from minidsv3.views.roofline import fractions
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "results" / "train_nano.json"
@@ -35,6 +36,8 @@ def draw() -> None:
     curve = loss_curve(steps["tokens"], steps["loss"], result["unigram_entropy"], ModelConfig.preset("nano").vocab_size,
                        result["held_out_loss"])
     (ROOT / "docs" / "train_nano.png").write_bytes(curve.png())
+    kernels = json.loads((ROOT / "results" / "kernels.json").read_text())
+    (ROOT / "docs" / "kernels.png").write_bytes(fractions(kernels).png())
     (ROOT / "docs" / "model_map.png").write_bytes(model_map(ModelConfig.preset("full")).png())
 
 
