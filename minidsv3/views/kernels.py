@@ -71,13 +71,11 @@ COPY, MULTIPLY = Fill(PURPLE, "."), Fill(BLUE)
 @styled
 def pipelines(schedules: dict[int, Sequence[tuple[float, float, float, float]]]) -> Picture:
     """For each number of stages, when tiles are copied and multiplied: (copy begins, ends, product begins, ends) of
-    each
-    step. A lane for each place in shared memory, and one for the tensor cores, whose idle time is crossed."""
+    each step. A lane for each place in shared memory, and one for the tensor cores, whose idle time is crossed."""
     lanes = sum(stages + 1 for stages in schedules) + 1.1 * len(schedules)
     ends = {stages: steps[-1][3] for stages, steps in schedules.items()}
     picture = Picture(10, 0.29 * lanes + 0.7, "Copies and products over time for several numbers of stages: bars in one"
-                      " "
-                      "lane for each place in shared memory, and one lane for the tensor cores. "
+                      " lane for each place in shared memory, and one lane for the tensor cores. "
                       + "; ".join(f"{stages} stages: {end:g} units" for stages, end in ends.items()) + ".")
     axes = picture.add_axes((0.17, 0.55 / (0.29 * lanes + 0.7), 0.81, 1 - 0.6 / (0.29 * lanes + 0.7)))
     y, ticks = 0.0, {}

@@ -1,8 +1,8 @@
 """What kernels reach, beside what the machine allows: a roofline of those that multiply, shares of the floor of all.
 
 Both are drawn from `results/kernels.json`, which `python -m minidsv3 bench kernels` writes. The floor of an entry is
-the longer of two times: its bytes at the speed of a large copy, its FLOPs at the speed of a large product, both measured in
-the same run.
+the longer of two times: its bytes at the speed of a large copy, its FLOPs at the speed of a large product, both
+measured in the same run.
 """
 
 from typing import NamedTuple
