@@ -143,7 +143,7 @@ def test_double_has_no_float32_inside():
 @pytest.mark.parametrize("place, name, leak", [
     (minidsv3.layers, "rms_norm", lambda x, *rest: rms_norm(x.float(), *rest).to(x.dtype)),
     (minidsv3.moe, "route", lambda logits, *rest, **options: route(logits.float(), *rest, **options)),
-    (minidsv3.attention, "rope", lambda x, *tables, **nope: minidsv3.kernels.rope(x.float(), *tables, **nope).to(x.dtype)),
+    (minidsv3.attention, "rope", lambda x, *rest, **nope: minidsv3.kernels.rope(x.float(), *rest, **nope).to(x.dtype)),
 ], ids=["norm", "router", "rope"])
 def test_one_float32_anywhere_would_be_noticed(place, name, leak, monkeypatch):
     monkeypatch.setattr(place, name, leak)

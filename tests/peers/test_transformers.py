@@ -221,10 +221,10 @@ def misscale(scale):
 
 
 def half_layout_rope(patch):
-    def rope(x, cos, sin):
-        first, second = x.chunk(2, -1)
+    def rope(x, cos, sin, nope=0):
+        first, second = x[..., nope:].chunk(2, -1)
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return torch.cat((x[..., :nope], first * cos - second * sin, second * cos + first * sin), -1)
     patch.setattr(minidsv3.attention, "rope", rope)
 
 
