@@ -8,6 +8,7 @@ from types import ModuleType
 import minidsv3.kernels
 
 _numbers = count()
+_kept: list[ModuleType] = []    # a mutant that is collected takes its operators along, while torch may hold them
 
 
 def mutated(name: str, right: str, wrong: str, folder: Path) -> ModuleType:
@@ -21,4 +22,5 @@ def mutated(name: str, right: str, wrong: str, folder: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"minidsv3.kernels.mutant{number}", path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
+    _kept.append(mutant)
     return mutant
