@@ -717,7 +717,7 @@ QUESTIONS = {
         "Joining two kernels into one saves writing and reading what lies between. Is it always faster?",
         (Option("yes: fewer bytes, less time", "only where bytes are what takes the time, and where the joined kernel "
                 "keeps its tiles and its parallel work."),
-         Option("no", "where arithmetic is waited for, fewer bytes buy nothing; and in section 13 a kernel by hand loses "
-                "to what the compiler joins."),
+         Option("no", "where arithmetic is waited for, fewer bytes buy nothing; and in section 13 a kernel by hand "
+                "loses to what the compiler joins."),
          Option("only in FP8", "the argument is about bytes between kernels, in any format.")), 1),
 }
