@@ -5,6 +5,9 @@ takes the Triton kernel between the two (`use_kernels` switches). This floor imp
 Triton; it is imported as `minidsv3.kernels`. `registry.OPERATIONS` lists all of them with inputs to try.
 """
 
+if __name__ != "minidsv3.kernels":   # transformers looks for it, and a second copy would take every operator's place
+    raise ImportError("this folder is imported as minidsv3.kernels; the name kernels belongs to another project")
+
 from .backend import use_kernels, uses_triton
 from .contract import contract, linear
 from .cross_entropy import cross_entropy, cross_entropy_reference, linear_cross_entropy, linear_cross_entropy_reference

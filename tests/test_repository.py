@@ -96,6 +96,13 @@ def test_imports_without_triton():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_folder_is_not_imported_under_its_own_name():
+    """transformers tries `import kernels`, which is another project's: from here that would be a second copy of ours,
+    whose operators replace those of minidsv3.kernels under the same names."""
+    done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode and "imported as minidsv3.kernels" in done.stderr
+
+
 # ---- two ways to install --------------------------------------------------------------------------------------------
 
 
