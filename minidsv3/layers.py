@@ -4,16 +4,17 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import linear, rms_norm
+from .weight_gradients import Deferrable, DeferredLinear
 
 
-class Linear(nn.Linear):
+class Linear(Deferrable, nn.Linear):
     """x W^T with weight [out, in]; nothing in this model has a bias. See `kernels/contract.py`."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight) if self.store is None else DeferredLinear.apply(x, self.weight, self.store)
 
 
 class RMSNorm(nn.Module):

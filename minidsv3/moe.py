@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .kernels import Routing, contract, linear, permute, route, sort_by_expert, swiglu, unpermute, weighted_swiglu
 from .layers import Linear
+from .weight_gradients import Deferrable, DeferredGrouped, has_grouped_mm
 
 
 class MLP(nn.Module):
@@ -58,7 +59,7 @@ class Router(nn.Module):
         return self
 
 
-class Experts(nn.Module):
+class Experts(Deferrable):
     """All routed experts of a layer in two tensors, saved under the hub's names one by one (checkpoint.py)."""
 
     def __init__(self, config: ModelConfig):
@@ -73,7 +74,7 @@ class Experts(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if routing.experts.numel() <= routing.load.numel():
             return self.gathered(x, routing)
-        return self.grouped(x, routing) if has_grouped_mm(x) else self.loop(x, routing)
+        return self.grouped(x, routing) if has_grouped_mm(x) or self.store is not None else self.loop(x, routing)
 
     def loop(self, x: Tensor, routing: Routing) -> Tensor:
         """The definition: one expert at a time takes the tokens that chose it."""
@@ -100,14 +101,15 @@ class Experts(nn.Module):
         """The same with one grouped matmul over rows sorted by expert."""
         order = sort_by_expert(routing.experts, routing.load)
         rows = permute(x, order)
-        gate_up = F.grouped_mm(rows, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=order.ends)
+        gate_up = self.multiply(rows, self.gate_up_proj, order.ends)
         hidden = weighted_swiglu(gate_up, routing.weights.flatten().index_select(0, order.sources))
-        return unpermute(F.grouped_mm(hidden, self.down_proj.to(x.dtype).transpose(1, 2), offs=order.ends), order)
+        return unpermute(self.multiply(hidden, self.down_proj, order.ends), order)
 
-
-def has_grouped_mm(x: Tensor) -> bool:
-    """Whether torch has a grouped matmul for x's dtype and device: on CPUs not in float64, on GPUs only in bfloat16."""
-    return x.dtype in (torch.float32, torch.bfloat16) if x.device.type == "cpu" else x.dtype is torch.bfloat16
+    def multiply(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """Each expert's rows [R, in] times its own matrix of weight [experts, out, in] -> [R, out]."""
+        if self.store is not None:
+            return DeferredGrouped.apply(rows, weight, ends, self.store)
+        return F.grouped_mm(rows, weight.to(rows.dtype).mT, offs=ends)
 
 
 class MoE(nn.Module):

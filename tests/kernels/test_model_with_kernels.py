@@ -6,7 +6,7 @@ import torch
 from minidsv3.attention import LatentCache
 from minidsv3.kernels import use_kernels
 from minidsv3.kernels.backend import INTERPRETED
-from minidsv3.moe import has_grouped_mm
+from minidsv3.weight_gradients import has_grouped_mm
 from test_operations import DEVICE, OperatorCalls
 from tiny import tiny_model, tiny_tokens
 
