@@ -7,3 +7,6 @@ import os
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"   # tokenizers warns if a process forks after it used threads
+
+# Chooses Triton's interpreter where there is no GPU, before some test imports transformers and that imports Triton.
+import minidsv3.kernels  # noqa: E402

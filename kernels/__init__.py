@@ -5,29 +5,30 @@ takes the Triton kernel between the two (`use_kernels` switches). This floor imp
 Triton; it is imported as `minidsv3.kernels`. `registry.OPERATIONS` lists all of them with inputs to try.
 """
 
-if __name__ != "minidsv3.kernels":   # transformers looks for it, and a second copy would take every operator's place
-    raise ImportError("this folder is imported as minidsv3.kernels; the name kernels belongs to another project")
-
-from .backend import use_kernels, uses_triton
-from .contract import contract, linear
-from .cross_entropy import cross_entropy, cross_entropy_reference, linear_cross_entropy, linear_cross_entropy_reference
-from .fp8_gemm import fp8_gemm, fp8_gemm_reference
-from .fp8_grouped_gemm import (fp8_grouped_gemm, fp8_grouped_gemm_reference, fp8_grouped_wgrad,
-                               fp8_grouped_wgrad_reference)
-from .grouped_gemm import grouped_gemm, grouped_gemm_reference
-from .mla_attention import mla_attention, mla_attention_reference
-from .mla_decode import mla_decode, mla_decode_reference
-from .permute import (Permutation, permute, permute_reference, permute_tiles, permute_tiles_reference, sort_by_expert,
-                      sort_by_expert_reference, unpermute, unpermute_reference)
-from .quantize import (dequantize_blocks, dequantize_blocks_reference, quantize_blocks, quantize_blocks_reference,
-                       quantize_columns, quantize_columns_reference, quantize_tiles, quantize_tiles_reference)
-from .rms_norm import rms_norm, rms_norm_reference
-from .rope import rope, rope_reference
-from .route import Routing, route, route_reference
-from .swiglu import swiglu, swiglu_reference
-from .swiglu_quantize import (swiglu_quantize, swiglu_quantize_backward, swiglu_quantize_backward_reference,
-                              swiglu_quantize_reference)
-from .weighted_swiglu import weighted_swiglu, weighted_swiglu_reference
+# Full names: transformers looks for a project called `kernels` and may import this folder. With relative imports that
+# would make a second copy of every module, whose operators take the first one's place.
+from minidsv3.kernels.backend import use_kernels, uses_triton
+from minidsv3.kernels.contract import contract, linear
+from minidsv3.kernels.cross_entropy import (cross_entropy, cross_entropy_reference, linear_cross_entropy,
+                                            linear_cross_entropy_reference)
+from minidsv3.kernels.fp8_gemm import fp8_gemm, fp8_gemm_reference
+from minidsv3.kernels.fp8_grouped_gemm import (fp8_grouped_gemm, fp8_grouped_gemm_reference, fp8_grouped_wgrad,
+                                               fp8_grouped_wgrad_reference)
+from minidsv3.kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
+from minidsv3.kernels.mla_attention import mla_attention, mla_attention_reference
+from minidsv3.kernels.mla_decode import mla_decode, mla_decode_reference
+from minidsv3.kernels.permute import (Permutation, permute, permute_reference, permute_tiles, permute_tiles_reference,
+                                      sort_by_expert, sort_by_expert_reference, unpermute, unpermute_reference)
+from minidsv3.kernels.quantize import (dequantize_blocks, dequantize_blocks_reference, quantize_blocks,
+                                       quantize_blocks_reference, quantize_columns, quantize_columns_reference,
+                                       quantize_tiles, quantize_tiles_reference)
+from minidsv3.kernels.rms_norm import rms_norm, rms_norm_reference
+from minidsv3.kernels.rope import rope, rope_reference
+from minidsv3.kernels.route import Routing, route, route_reference
+from minidsv3.kernels.swiglu import swiglu, swiglu_reference
+from minidsv3.kernels.swiglu_quantize import (swiglu_quantize, swiglu_quantize_backward,
+                                              swiglu_quantize_backward_reference, swiglu_quantize_reference)
+from minidsv3.kernels.weighted_swiglu import weighted_swiglu, weighted_swiglu_reference
 
 __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy_reference", "dequantize_blocks",
            "dequantize_blocks_reference", "fp8_gemm", "fp8_gemm_reference", "fp8_grouped_gemm",

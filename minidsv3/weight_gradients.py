@@ -5,8 +5,8 @@ The backward pass of y = x W^T is two products, and only one of them is urgent:
     dx = dy W          the layer below waits for it
     dW = dy^T x        nobody does, until the optimiser's step
 
-A pipeline fills its bubbles with the second. `defer_weight_gradients(stage)` gives every matrix of `stage` a store; then
-a backward pass computes dx alone and leaves dW as a closure:
+A pipeline fills its bubbles with the second. `defer_weight_gradients(stage)` gives every matrix of `stage` a store;
+then a backward pass computes dx alone and leaves dW as a closure:
 
     loss.backward()            # input gradients; each dW becomes an entry of the store
     later = store.take()       # the entries since the last `take`, oldest first

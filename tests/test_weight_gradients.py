@@ -81,7 +81,7 @@ def test_products_of_groups_without_torchs_kernel():
         torch.testing.assert_close(grouped_mm(a.double(), b.double(), ends).float(), want)
 
 
-@pytest.mark.parametrize("fault", [lambda gradient, into, weight: gradient,                      # forgets earlier passes
+@pytest.mark.parametrize("fault", [lambda gradient, into, weight: gradient,   # forgets earlier passes
                                    lambda gradient, into, weight: (into if into is not None else 0) + 2 * gradient])
 def test_the_comparison_sees_a_fault(monkeypatch, fault):
     monkeypatch.setattr(weight_gradients, "added", fault)
