@@ -153,6 +153,8 @@ def evaluate(model: Transformer, batches: list[Batch], precision: str = "fp32") 
 class Run:
     """All that changes while a run goes on. What `state_dict` returns is what a save holds."""
 
+    leads = True    # whether this process keeps the log: `parallel/train.py` has runs of many processes
+
     def __init__(self, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer):
         check_memory(config)
         random.seed(config.seed)
@@ -183,6 +185,13 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.tokens >= self.config.recipe.total_tokens
+
+    def agreed(self, stop: bool) -> bool:
+        """Whether to stop, if this process would."""
+        return stop
+
+    def save(self, out: Path) -> None:
+        save_state(out, self.step, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return {"config": asdict(self.config), "tokenizer": self.tokenizer.to_str(), "tokens": self.tokens,
@@ -250,8 +259,9 @@ def train(config: TrainConfig, out: str | Path, progress: bool = True) -> TrainR
         raise ValueError(f"{out} already holds a run (saved at step {steps[0]}); resume it, or choose another folder")
     corpus = read_corpus(config.source)
     run = Run(config, corpus, train_tokenizer(corpus.train, config.model.vocab_size))
-    save_state(out, 0, run.state_dict())
-    return _go_on(run, Path(out), progress)
+    run.save(Path(out))
+    drive(run, Path(out), progress)
+    return finish(run, Path(out))
 
 
 def resume(out: str | Path, progress: bool = True) -> TrainResult:
@@ -260,7 +270,8 @@ def resume(out: str | Path, progress: bool = True) -> TrainResult:
     config = TrainConfig.from_dict(saved.state["config"])
     run = Run(config, read_corpus(config.source), Tokenizer.from_str(saved.state["tokenizer"]))
     run.load_state_dict(saved.step, saved.state)
-    return _go_on(run, Path(out), progress)
+    drive(run, Path(out), progress)
+    return finish(run, Path(out))
 
 
 def load_run(out: str | Path) -> tuple[Transformer, Tokenizer]:
@@ -271,24 +282,28 @@ def load_run(out: str | Path) -> tuple[Transformer, Tokenizer]:
     return model, Tokenizer.from_str(state["tokenizer"])
 
 
-def _go_on(run: Run, out: Path, progress: bool) -> TrainResult:
+def drive(run: Run, out: Path, progress: bool) -> None:
+    """Takes steps until the run is finished: a line in the log for each, a save now and then."""
     log = out / "metrics.jsonl"
-    _shorten(log, run.step)
+    if run.leads:
+        _shorten(log, run.step)
     bar = tqdm(total=run.config.recipe.total_tokens, initial=run.tokens, unit="tok", unit_scale=True,
-               disable=not progress)
+               disable=not (progress and run.leads))
     with bar, stop_on_interrupt() as asked_to_stop:
         while not run.finished:
             line = _advance(run, out)
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            if run.leads:
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
             bar.update(run.tokens - bar.n)
             bar.set_postfix(loss=f"{line['loss']:.3f}", MaxVio=f"{_mean(line['max_violation']):.2f}")
-            if run.finished or asked_to_stop() or run.step % run.config.save_every == 0:
-                fsync(log)
-                save_state(out, run.step, run.state_dict())
-            if asked_to_stop() and not run.finished:
+            stop = run.agreed(asked_to_stop())
+            if run.finished or stop or run.step % run.config.save_every == 0:
+                if run.leads:
+                    fsync(log)
+                run.save(out)
+            if stop and not run.finished:
                 raise Interrupted(f"stopped after step {run.step} ({run.tokens:,} tokens) and saved in {out}")
-    return _finish(run, out)
 
 
 def _advance(run: Run, out: Path) -> dict[str, Any]:
@@ -310,7 +325,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _finish(run: Run, out: Path) -> TrainResult:
+def finish(run: Run, out: Path) -> TrainResult:
     """Measures the model on text that it has not seen, and exports it."""
     config, tokenizer, length = run.config, run.tokenizer, run.config.recipe.sequence_length
     batches = held_out_batches(run.corpus.held_out, tokenizer, length, config.micro_batch)
