@@ -17,6 +17,8 @@ import random
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,24 +51,42 @@ def save_state(folder: str | Path, step: int, state: dict[str, Any], keep: int =
     `keep` saves up to `step` remain. Raises `CheckpointError` for what cannot be stored (naming it) and when the
     system refuses to write; earlier saves are untouched then.
     """
-    if step < 0 or keep < 1:
-        raise CheckpointError(f"step is {step} and keep is {keep}; steps count from 0 and at least 1 save must stay")
-    folder, tensors = Path(folder), {}
+    tensors: dict[str, Tensor] = {}
     tree = _pack(state, (), tensors, {})
-    target = folder / f"step-{step:08d}"
-    with whole_folder(target) as new:
+    with new_save(folder, step, keep) as new:
         for part, group in groupby(sorted(tensors), key=lambda name: name.split("/")[0]):
             save_file({name: tensors[name] for name in group}, new / f"{part}.safetensors")
         (new / TREE).write_text(json.dumps({"step": step, "state": tree}), encoding="utf-8")
+    return save_folder(folder, step)
+
+
+@contextmanager
+def new_save(folder: str | Path, step: int, keep: int = 2) -> Iterator[Path]:
+    """Yields an empty folder; what the block writes there becomes the newest save, whole or not at all, with a manifest
+    of its files. The newest `keep` saves up to `step` remain. Raises `CheckpointError` as `save_state` does."""
+    if step < 0 or keep < 1:
+        raise CheckpointError(f"step is {step} and keep is {keep}; steps count from 0 and at least 1 save must stay")
+    target = save_folder(folder, step)
+    with whole_folder(target) as new:
+        yield new
         sums = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(new.iterdir())}
         (new / MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    replace_file(folder / POINTER, target.name)
-    _prune(folder, step, keep)
-    return target
+    replace_file(target.with_name(POINTER), target.name)
+    _prune(target.parent, step, keep)
+
+
+def save_folder(folder: str | Path, step: int) -> Path:
+    """Where the save of that step lies."""
+    return Path(folder) / f"step-{step:08d}"
 
 
 def load_latest(folder: str | Path) -> SavedState:
-    """The last save whose files are all whole, tensors on the CPU.
+    """The last save whose files are all whole, tensors on the CPU. Warns and raises as `latest_whole` does."""
+    return _read(latest_whole(folder))
+
+
+def latest_whole(folder: str | Path) -> Path:
+    """The folder of the last save whose files are all whole.
 
     Warns with a sentence for each damaged save that it passes over. Raises `CheckpointError` if `folder` holds no save,
     or none that is whole.
@@ -75,9 +95,9 @@ def load_latest(folder: str | Path) -> SavedState:
     for candidate in _newest_first(folder):
         damage = _damage(candidate)
         if damage is None:
-            return _read(candidate)
+            return candidate
         found.append(damage)
-        warnings.warn(f"{damage}; trying the save before it", stacklevel=2)
+        warnings.warn(f"{damage}; trying the save before it", stacklevel=3)
     if found:
         raise CheckpointError(f"no save in {folder} is whole: {'; '.join(found)}")
     raise CheckpointError(f"there is no saved state in {folder}; it would hold a folder step-00000001 or the like")
