@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("minidsv3.kernels", "minidsv3", "minidsv3.parallel", "minidsv3.views")
+FLOORS = ("minidsv3.kernels", "minidsv3", "minidsv3.parallel", "minidsv3.course", "minidsv3.views")
 DRAWING = {"matplotlib", "ipywidgets", "IPython"}
 
 
@@ -73,6 +73,7 @@ def test_imports_go_down(path):
 @pytest.mark.parametrize("source, module", [
     ("from ..views import figures", "minidsv3.course.overview"),
     ("from minidsv3 import parallel", "minidsv3.train"),
+    ("from ..course import check", "minidsv3.parallel.placement"),
     ("def f():\n    from ..config import ModelConfig", "minidsv3.kernels.route"),
     ("import matplotlib.pyplot as plt", "minidsv3.cost"),
     ("import triton", "minidsv3.kernels.route"),
@@ -84,6 +85,7 @@ def test_floor_rules_catch(source, module):
 
 def test_floor_rules_allow():
     assert not breaks_floors("def f():\n    import triton", "minidsv3.kernels.route")
+    assert not breaks_floors("from ..parallel.placement import placement", "minidsv3.course.experts")
     assert not breaks_floors("import matplotlib\nfrom ..cost import parameters", "minidsv3.views.dial")
 
 
