@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .kernels import Routing, contract, linear, permute, route, sort_by_expert, swiglu, unpermute, weighted_swiglu
 from .layers import Linear
-from .weight_gradients import Deferrable, DeferredGrouped, has_grouped_mm
+from .weight_gradients import Deferrable, DeferredGrouped, grouped_mm, has_grouped_mm
 
 
 class MLP(nn.Module):
@@ -109,7 +109,7 @@ class Experts(Deferrable):
         """Each expert's rows [R, in] times its own matrix of weight [experts, out, in] -> [R, out]."""
         if self.store is not None:
             return DeferredGrouped.apply(rows, weight, ends, self.store)
-        return F.grouped_mm(rows, weight.to(rows.dtype).mT, offs=ends)
+        return grouped_mm(rows, weight.to(rows.dtype).mT, ends)
 
 
 class MoE(nn.Module):
