@@ -8,8 +8,9 @@ What is modelled, as section 3.5.2 tells it:
         larger one and cut to 14 bits, and so is what comes out.
     3.  Promotion: after every N_C = 128 products the accumulator is added to a sum in FP32 and starts again at zero.
 
-What is not known: the order of the 32, and whether a bit more is kept somewhere. Nothing is tuned: the report's "nearly
-2 %" at K = 4096 depends on the data and on the metric, and neither is given there.
+What is not known: the order of the 32, whether a bit more is kept somewhere, and which way a negative number is cut
+(two's complements would cut downwards, which makes the error of sums round zero ten times as large). Nothing is tuned:
+the report's "nearly 2 %" at K = 4096 depends on the data and on the metric, and neither is given there.
 """
 
 import torch
@@ -25,8 +26,8 @@ def accumulate(a: Tensor, b: Tensor, promote_every: int | None = PROMOTION, bits
                chunk: int = CHUNK) -> Tensor:
     """a b^T as tensor cores with a short accumulator add it: a [M, K], b [N, K] -> [M, N] in FP32.
 
-    a and b hold values of FP8 codes, without scales. `promote_every` counts values of K, None promotes never. Every step
-    is exact in FP32 but for what is cut off: a product has 8 bits, a sum of 32 aligned ones at most 19.
+    a and b hold values of FP8 codes, without scales. `promote_every` counts values of K, None promotes never. Every
+    step is exact in FP32 but for what is cut off: a product has 8 bits, a sum of 32 aligned ones at most 19.
     Raises ValueError for shapes that do not fit and for a `promote_every` that is no multiple of `chunk`.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
@@ -45,7 +46,7 @@ def accumulate(a: Tensor, b: Tensor, promote_every: int | None = PROMOTION, bits
 
 
 def add_short(terms: Tensor, bits: int = BITS) -> Tensor:
-    """The sum of `terms` [.., n] over the last axis: aligned to the largest, each cut to `bits` bits, and the sum too."""
+    """The sum of `terms` [.., n] over the last axis: aligned to the largest, each cut to `bits` bits, the sum too."""
     return cut(cut(terms, octave(terms).amax(-1, keepdim=True), bits).sum(-1), None, bits)
 
 

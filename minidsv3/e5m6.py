@@ -2,7 +2,7 @@
 
 The input of the linear after attention is kept for two uses in the backward pass: the gradient of attention needs it
 too, so FP8 would be too coarse, and BF16 would take a third more. Its scales are powers of two. The weight gradient
-wants it in 128 x 1 tiles, and dividing by another power of two rounds nothing: 1 x 128 to 128 x 1 is free of new errors.
+wants it in 128 x 1 tiles, and dividing by another power of two rounds nothing: the change of tiles adds no errors.
 
     codes   a = hgfedcba9876   b = HGFEDCBA9876     (12 bits each)
     bytes   first 8 of a | last 4 of a, first 4 of b | last 8 of b

@@ -10,9 +10,9 @@ A code is sign, exponent field e, mantissa field m, from the highest bit down; w
     E5M6    bias 15   up to 65024    steps of 1/64                 the cached input of the linear after attention
     INT8              up to 127      steps of 1                    no exponent at all: for comparison
 
-The report names E5M6 and says no more. Here it is the first 12 bits of FP16, as E5M2 is the first 8: FP16's bias, numbers
-below the normal ones, infinities and NaNs. The other choice, to spend the top exponent on numbers, would double the
-largest number, and scales make that useless.
+The report names E5M6 and says no more. Here it is the first 12 bits of FP16, as E5M2 is the first 8: FP16's bias,
+numbers below the normal ones, infinities and NaNs. The other choice, to spend the top exponent on numbers, would double
+the largest number, and scales make that useless.
 
 Rounding is to nearest, ties to even. A finite value beyond the largest number becomes the largest number;
 inf stays inf, or becomes NaN in a format without it, so that it cannot come back as finite nonsense. No gradient passes
@@ -108,7 +108,7 @@ def encode(x: Tensor, format: Format) -> Tensor:
 
 @torch.no_grad()
 def round_to(x: Tensor, format: Format) -> Tensor:
-    """`decode(encode(x))` in x's shape and dtype, without the codes: fast enough for every tensor of a training step."""
+    """`decode(encode(x))` in x's shape and dtype, without codes: fast enough for every tensor of a training step."""
     within, step = _within(x, format)
     kept = x if format.top == "ieee" else float("nan")
     return torch.where(x.isfinite(), (within / step).round() * step, kept).to(x.dtype)
