@@ -8,8 +8,8 @@ A stage is a piece of the model, a chunk is one micro-batch in one stage. Work o
 and F&B is a forward and a backward of two different micro-batches computed as one block: each one's exchange between
 experts hides behind the other's work. DualPipe is an order that consists almost entirely of such blocks. To have a
 forward and a backward at hand it feeds the pipeline from both ends: rank r holds stage r for direction a (0 -> P-1)
-and a copy of stage P-1-r for direction b (P-1 -> 0). DualPipeV folds one chain of 2P stages instead: rank r holds stages
-r (descending, a) and 2P-1-r (ascending, b), and needs no copies.
+and a copy of stage P-1-r for direction b (P-1 -> 0). DualPipeV folds one chain of 2P stages instead: rank r holds
+stages r (descending, a) and 2P-1-r (ascending, b), and needs no copies.
 
 Each function returns one list of actions a rank. An order says nothing about time: see `simulate`.
 """
@@ -148,7 +148,8 @@ def dualpipe(ranks: int, micro_batches: int) -> Orders:
     if ranks % 2:
         raise ValueError(f"DualPipe got {ranks} ranks; it needs an even number, because ranks r and P-1-r are partners")
     if micro_batches % 2:
-        raise ValueError(f"DualPipe got {micro_batches} micro-batches; it needs an even number, half for each direction")
+        raise ValueError(f"DualPipe got {micro_batches} micro-batches; it needs an even number, "
+                         "half for each direction")
     if micro_batches < 2 * ranks:
         raise ValueError(f"DualPipe got {micro_batches} micro-batches for {ranks} ranks; it needs at least {2 * ranks}")
     orders = []
@@ -168,7 +169,7 @@ def dualpipev(ranks: int, micro_batches: int) -> Orders:
     """
     _demand_positive(ranks, micro_batches)
     if micro_batches < 2 * ranks:
-        raise ValueError(f"DualPipeV got {micro_batches} micro-batches for {ranks} ranks, which hold {2 * ranks} stages; "
+        raise ValueError(f"DualPipeV got {micro_batches} micro-batches for the {2 * ranks} stages of {ranks} ranks; "
                          f"it needs at least {2 * ranks}")
     return [_eight_steps(rank, ranks, micro_batches, Seat("a", rank), Seat("b", 2 * ranks - 1 - rank))
             for rank in range(ranks)]

@@ -1,15 +1,15 @@
 """What an order costs: start and end of every action on every rank, from the durations of F, I, W and F&B.
 
-A chunk can start when its rank is free and what it needs is there: a forward needs the forward of the stage before, a
-backward that of the stage after and its own forward, a W its own I. A rank keeps its order even if it could do something
-else meanwhile. An F&B block starts when both of its halves can, and hands over both results at its end.
+A chunk can start when its rank is free and what it needs is there: a forward needs the forward of the stage before,
+a backward that of the stage after and its own forward, a W its own I. A rank keeps its order even if it could do
+something else meanwhile. An F&B block starts when both of its halves can, and hands over both results at its end.
 
 How communication is modelled: `communication` is the time of one exchange between experts (dispatch and combine of one
 chunk). Every F and every I has one, W has none. A lone action's exchange is exposed: the rank waits for it. In an F&B
 block the exchanges hide behind the work as far as `overlapped`, the length of the whole block, leaves them room.
 
-Where the model ends: handing activations to the next rank takes no time, all stages are equally long, the exchange takes
-no processors away from the work, and the optimiser step is not there. The report's own cluster waits longer than this.
+Where the model ends: handing activations to the next rank takes no time, all stages are equally long, an exchange takes
+no processors away from the work, and there is no optimiser step. A real cluster waits longer than this.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Timeline:
     makespan: float              # from the first start to the last end
     idle: list[float]            # makespan minus the rank's own work
     spans: list[list[Span]]      # in order, to draw
-    in_flight: list[int]         # the most chunks at once whose forward has begun and whose weights' backward has not ended
+    in_flight: list[int]         # the most chunks at once between the start of their F and the end of their W
     exposed: list[float]         # time the rank spends in exchanges that hide behind nothing
 
 
@@ -120,7 +120,7 @@ def _neighbours(orders: Orders) -> tuple[dict, dict]:
     places = {(part.direction, part.stage) for order in orders for action in order for part in action.parts}
     before = {}
     for direction, stage in places:
-        for place in (("a", stage - 1), ("b", stage - 1), (direction, stage - 1)):   # its own direction comes first
+        for place in (("a", stage - 1), (direction, stage - 1)):   # its own direction wins
             if place in places:
                 before[direction, stage] = place
     return before, {place: follower for follower, place in before.items()}
@@ -163,9 +163,10 @@ def bubble(method: str, ranks: int, forward: float = 1, backward_input: float = 
         DualPipe    (PP/2 - 1) (F&B + B - 3W)        DualPipeV the same
 
     B is the full backward. `overlapped` None stands for F + B. With communication, pass F and I with their exchange.
-    The first is a law. ZB1P's and DualPipe's hold for F = I >= W; DualPipe's is then the idle time of the four innermost
-    ranks, and the outer ones, which have fewer blocks, idle less if F&B < F + B. For F = I < W the law is
-    (PP/2 - 1) (F&B + I - W - min(W, I)). For F != I none of this holds: simulate.
+    The first is a law. ZB1P's holds for F = I >= W and at least PP micro-batches, DualPipe's for F = I >= W and
+    max(F, B) <= F&B <= F + B: it is the idle time of the four innermost ranks, and of the others too if F&B = F + B;
+    with F&B < F + B they have fewer blocks and idle less. For F = I < W DualPipe's law is (PP/2 - 1) (F&B + I - W -
+    min(W, I)). For F != I simulate: the formulas fail in both directions.
     Raises ValueError for another method.
     """
     full = backward_input + backward_weight
