@@ -4,31 +4,29 @@
 
 Two things differ between the memory and the hub (names: DeepSeek-V3's README_WEIGHTS.md). Experts are fused in memory
 and separate on the hub, and the hub repeats the embedding and the head inside every MTP module, where we share them.
-The routers' biases are fp32 in every checkpoint. Reading the files is `stored.py`, writing them safely `durable.py`.
+Reading the files is `stored.py`, writing them in BF16, FP32 or FP8 `shards.py`, doing so safely `durable.py`.
 """
 
-import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from .config import ModelConfig
 from .durable import CheckpointError, whole_folder
 from .model import Transformer
+from .shards import Shards, write_json
 from .stored import INDEX, StoredTensors
 
-__all__ = ["CheckpointError", "hub_tensors", "load_checkpoint", "load_tokenizer", "save_checkpoint"]
+__all__ = ["CheckpointError", "convert_checkpoint", "hub_tensors", "load_checkpoint", "load_tokenizer",
+           "save_checkpoint"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-BIAS = "e_score_correction_bias"
-OURS = ("config.json", "generation_config.json", INDEX, "model*.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-Shard = dict[str, Tensor]   # hub name -> values, still in the model's memory and dtype
+BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")   # what does not depend on the weights
+OURS = ("config.json", INDEX, "model*.safetensors", *BESIDE)
 
 
 def hub_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -50,55 +48,39 @@ def hub_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 def save_checkpoint(model: Transformer, path: str | Path, dtype: str = "bf16", tokenizer: Tokenizer | None = None,
                     shard_bytes: int = 5 * 10**9) -> None:
-    """Writes the model as the hub's folder `path`, in "bf16" or "fp32" (routers' biases: fp32), with its tokenizer.
+    """Writes the model as the hub's folder `path`, in "bf16", "fp32" or "fp8" (see `shards.py`), with its tokenizer.
 
     The folder appears whole or not at all and may take the place of an older checkpoint, never of anything else. A
     shard holds at most `shard_bytes` bytes (or one tensor) and is all that is in memory beside the model. Raises
     `CheckpointError` for another dtype, a tokenizer with more ids than the model, a folder of other things, and when
     the system refuses to write (a full disk).
     """
-    path = Path(path)
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}; a checkpoint is saved as {' or '.join(DTYPES)}")
+    path, tensors = Path(path), dict(hub_tensors(model))
+    shards = Shards({name: tensor.shape for name, tensor in tensors.items()}, dtype, shard_bytes)
     _refuse_to_replace(path)
-    kind = DTYPES[dtype]
-    shards = _shards(model, kind, shard_bytes)
-    size = sum(_bytes(name, tensor, kind) for shard in shards.values() for name, tensor in shard.items())
     with whole_folder(path) as new:
-        _write_json(new / "config.json", model.config.to_hub() | {"torch_dtype": str(kind).removeprefix("torch.")})
         if tokenizer is not None:
             _write_tokenizer(new, tokenizer, model.config)
-        for file, shard in shards.items():
-            _write_shard(new / file, shard, kind)
-        homes = {name: file for file, shard in shards.items() for name in shard}
-        _write_json(new / INDEX, {"metadata": {"total_size": size}, "weight_map": homes})
+        write_json(new / "config.json", model.config.to_hub() | shards.config())
+        shards.write(new, tensors.__getitem__)
 
 
-def _shards(model: Transformer, dtype: torch.dtype, limit: int) -> dict[str, Shard]:
-    """Consecutive tensors, as many as fit into `limit` bytes, by the name of their file."""
-    shards, room = [], 0
-    for name, tensor in hub_tensors(model):
-        size = _bytes(name, tensor, dtype)
-        if not shards or size > room:
-            shards.append({})
-            room = limit
-        shards[-1][name] = tensor
-        room -= size
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+def convert_checkpoint(source: str | Path, path: str | Path, dtype: str, shard_bytes: int = 5 * 10**9) -> None:
+    """Writes the hub folder `source` as the hub folder `path` in another format, its tokenizer with it.
 
-
-def _write_shard(file: Path, shard: Shard, dtype: torch.dtype) -> None:
-    """Always copies, because safetensors refuses tensors that share memory, as MTP's embedding and head do."""
-    stored = {name: tensor.to("cpu", _stored_dtype(name, dtype), copy=True) for name, tensor in shard.items()}
-    save_file(stored, file, metadata={"format": "pt"})
-
-
-def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if name.endswith(BIAS) else dtype
-
-
-def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> int:
-    return tensor.numel() * _stored_dtype(name, dtype).itemsize
+    No model is built and no GPU needed: one shard is in memory at a time, whatever the model's size. Values go through
+    FP32 and are rounded once. Raises what `load_checkpoint` and `save_checkpoint` raise.
+    """
+    source, path = Path(source), Path(path)
+    model, stored = _open(source)
+    places, duplicates = dict(hub_tensors(model)), _duplicates(model.config)
+    shards = Shards({name: place.shape for name, place in places.items()}, dtype, shard_bytes)
+    _refuse_to_replace(path)
+    with whole_folder(path) as new:
+        for file in filter(Path.is_file, (source / name for name in BESIDE)):
+            shutil.copyfile(file, new / file.name)
+        write_json(new / "config.json", model.config.to_hub() | shards.config())
+        shards.write(new, lambda name: stored.read(name if name in stored.names else duplicates[name]))
 
 
 def _refuse_to_replace(path: Path) -> None:
@@ -112,17 +94,13 @@ def _refuse_to_replace(path: Path) -> None:
                               "choose an empty folder, a new one or one with an older checkpoint")
 
 
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
     """tokenizer.json and what transformers' AutoTokenizer wants beside it."""
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise CheckpointError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model "
                               f"{config.vocab_size}; it must be the tokenizer that the model was trained with")
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", {
+    write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings,
         "bos_token": tokenizer.id_to_token(config.bos_token_id),
         "eos_token": tokenizer.id_to_token(config.eos_token_id), "clean_up_tokenization_spaces": False})
@@ -140,16 +118,20 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None,
     loaded without them, with a warning. Raises `ConfigError` for a config that is missing or wrong and
     `CheckpointError` for a missing, superfluous or mis-shaped tensor and a truncated or missing file.
     """
-    folder = Path(path)
-    config = ModelConfig.from_hub(folder)
-    stored = StoredTensors(folder)
+    model, stored = _open(Path(path))
+    model.to(dtype or stored.read("model.embed_tokens.weight").dtype).to_empty(device=device)
+    _fill(model, stored)
+    return model
+
+
+def _open(folder: Path) -> tuple[Transformer, StoredTensors]:
+    """The folder's model without memory, and its tensors, which were found to be the model's by name and shape."""
+    config, stored = ModelConfig.from_hub(folder), StoredTensors(folder)
     config = _without_absent_mtp(config, stored)
     with torch.device("meta"):
         model = Transformer(config)
     stored.compare({name: list(place.shape) for name, place in hub_tensors(model)}, optional=_duplicates(config).keys())
-    model.to(dtype or stored.read("model.embed_tokens.weight").dtype).to_empty(device=device)
-    _fill(model, stored)
-    return model
+    return model, stored
 
 
 def _duplicates(config: ModelConfig) -> dict[str, str]:
@@ -186,5 +168,5 @@ def _without_absent_mtp(config: ModelConfig, stored: StoredTensors) -> ModelConf
     if not promised or any(name.startswith(f"model.layers.{main}.") for name in stored.names):
         return config
     warnings.warn(f"{stored.folder} has no tensors for the {promised} MTP module(s) of its config; "
-                  "the model is loaded without them", stacklevel=3)
+                  "the model is loaded without them", stacklevel=4)
     return config.replace(num_nextn_predict_layers=0)

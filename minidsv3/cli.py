@@ -157,25 +157,34 @@ def generate(
 def export(
     folder: Annotated[Path, typer.Argument(help="where to write it")],
     model: Source = Path("runs/nano"),
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp8 (codes with 128 x 128 scales, as released)")] = "bf16",
 ) -> None:
-    """Write a model in the hub's layout, which transformers and inference engines read."""
-    from .checkpoint import save_checkpoint
-    transformer, tokenizer = load(model, "cpu")
-    save_checkpoint(transformer, folder, dtype, tokenizer)
+    """Write a model in the hub's layout, which transformers and inference engines read; a hub folder is converted shard
+    by shard."""
+    from .checkpoint import convert_checkpoint, save_checkpoint
+    if is_hub_folder(model):
+        convert_checkpoint(model, folder, dtype)
+    else:
+        transformer, tokenizer = load(model, "cpu")
+        save_checkpoint(transformer, folder, dtype, tokenizer)
     typer.echo(f"wrote {folder} in {dtype}")
 
 
 def load(path: Path, device: str) -> "tuple[Transformer, Tokenizer]":
-    """Model and tokenizer of a hub folder (it has a config.json) or of a run."""
+    """Model and tokenizer of a hub folder or of a run."""
     from .checkpoint import load_checkpoint, load_tokenizer
     from .train import load_run
-    if (path / "config.json").is_file():
+    if is_hub_folder(path):
         return load_checkpoint(path, device=device), load_tokenizer(path)
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; give that of a run or of a model, or train one first")
     transformer, tokenizer = load_run(path)
     return transformer.to(device), tokenizer
+
+
+def is_hub_folder(path: Path) -> bool:
+    """Whether `path` is a folder in the hub's layout and not that of a run."""
+    return (path / "config.json").is_file()
 
 
 # ---- cost -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .durable import CheckpointError
+from .kernels import dequantize_blocks
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SCALE, BLOCK = "_scale_inv", 128
@@ -53,7 +54,7 @@ class StoredTensors:
             return tensor
         try:
             return dequantize_blocks(tensor, self._where[name + SCALE][1].get_tensor(name + SCALE))
-        except CheckpointError as error:
+        except ValueError as error:
             raise CheckpointError(f"{name} in {self.file(name)}: {error}") from error
 
     def compare(self, shapes: Mapping[str, list[int]], optional: Set[str]) -> None:
@@ -71,20 +72,6 @@ class StoredTensors:
             if found != shapes[name]:
                 raise CheckpointError(f"{name} in {self.file(name)} has shape {found}; "
                                       f"config.json asks for {shapes[name]}")
-
-
-def dequantize_blocks(weight: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """weight [M, K] FP8 times its block's entry of scales [ceil(M / 128), ceil(K / 128)], in fp32, as `dtype`.
-
-    The last block of a dimension may be short: 576 rows have 5 scales. Raises `CheckpointError` for another grid.
-    """
-    rows, columns = weight.shape
-    grid = [-(-rows // BLOCK), -(-columns // BLOCK)]
-    if list(scales.shape) != grid:
-        raise CheckpointError(f"a weight of shape {list(weight.shape)} has scales of shape {list(scales.shape)}; "
-                              f"blocks of {BLOCK} x {BLOCK} need {grid}")
-    each = scales.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return (weight.float() * each).to(dtype)
 
 
 def _more(names: list[str]) -> str:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 
 from minidsv3 import ModelConfig, Transformer, stored
 from minidsv3.checkpoint import CheckpointError, hub_tensors, load_checkpoint, load_tokenizer, save_checkpoint
-from minidsv3.stored import dequantize_blocks
+from minidsv3.kernels import dequantize_blocks
 
 MTP_HEAD, MTP_EMBEDDING = "model.layers.3.shared_head.head.weight", "model.layers.3.embed_tokens.weight"
 KV_A, KV_B = (f"model.layers.1.self_attn.{name}.weight" for name in ("kv_a_proj_with_mqa", "kv_b_proj"))
@@ -321,7 +321,7 @@ def test_a_bad_folder_is_refused_with_a_sentence(folder, damage, sentence):
 
 def test_a_scale_of_another_grid_is_refused(fp8_folder):
     rewrite(fp8_folder, lambda tensors: tensors.update({KV_A + "_scale_inv": torch.ones(3, 1)}))
-    sentence = rf"{KV_A} in .*: a weight of shape \[144, 32\] has scales of shape \[3, 1\].* need \[2, 1\]"
+    sentence = rf"{KV_A} in .*: .*got scales \[3, 1\] torch.float32; codes of shape \[144, 32\] need \[2, 1\]"
     with pytest.raises(CheckpointError, match=sentence):
         load_checkpoint(fp8_folder)
 
@@ -361,7 +361,7 @@ def test_a_folder_of_other_things_is_left_alone(model, tmp_path):
 
 
 def test_an_unknown_dtype_is_refused(model, tmp_path):
-    with pytest.raises(CheckpointError, match="dtype is 'fp16'; a checkpoint is saved as bf16 or fp32"):
+    with pytest.raises(CheckpointError, match="dtype is 'fp16'; a checkpoint is saved as bf16, fp32 or fp8"):
         save_checkpoint(model, tmp_path / "x", "fp16")
 
 
