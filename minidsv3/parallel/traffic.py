@@ -1,0 +1,135 @@
+"""How many rows cross which wires when tokens visit their experts, and how long that takes (report sections 2.1.2, 3.2).
+
+A cluster has two kinds of wires: between nodes (InfiniBand, one port for each GPU) and inside a node (NVLink, 3.2 times
+as fast on the H800). A token's vector is a row. Two ways to send it:
+
+    flat        a row for each chosen expert, straight to the expert's GPU
+    two hops    one row to each node that holds a chosen expert, to the GPU with the sender's own number there;
+                from that GPU a row for each chosen expert of the node, over the wires inside
+
+Node-limited routing bounds the nodes that a token chooses. Only two hops turn that into a bound on rows: flat sends
+top-k rows whatever the router does. Results come back over the same wires, so the counts hold for combine as well.
+Only whole numbers and lengths of lists: no processes. `experts.py` moves the rows.
+"""
+
+from math import comb
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import route
+
+TILE = 128                              # numbers that share a scale of an FP8 payload
+
+
+class Cluster(NamedTuple):
+    """`nodes` x `gpus` GPUs, numbered node by node, and bytes a second that one GPU sends over each kind of wire."""
+
+    nodes: int
+    gpus: int                           # of a node
+    between: float = 50e9               # InfiniBand (report section 3.2.2)
+    inside: float = 160e9               # NVLink of the H800
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.gpus
+
+
+class Rows(NamedTuple):
+    """Rows that GPUs send each other, [sender, receiver] int64. A row that stays on its GPU is in neither."""
+
+    between: Tensor
+    inside: Tensor
+
+
+class Seconds(NamedTuple):
+    """How long each kind of wire is busy, if all GPUs send at once and each sends and receives at full speed."""
+
+    between: float
+    inside: float
+
+
+def flat(home: Tensor, gpus: Tensor, cluster: Cluster) -> Rows:
+    """A row for each choice. home [N]: the GPU of each token; gpus [N, k]: the GPUs of its chosen experts."""
+    return _split(home[:, None].expand_as(gpus), gpus, cluster)
+
+
+def two_hops(home: Tensor, gpus: Tensor, cluster: Cluster) -> Rows:
+    """One row to each other node of a token, and inside each node a row for each choice. Arguments as `flat`'s."""
+    token, node = _visited(gpus, cluster).nonzero(as_tuple=True)
+    entry = node * cluster.gpus + home[token] % cluster.gpus
+    first = _split(home[token], entry, cluster)
+    second = _split(gpus // cluster.gpus * cluster.gpus + home[:, None] % cluster.gpus, gpus, cluster)
+    return Rows(first.between, first.inside + second.inside)
+
+
+def node_copies(home: Tensor, gpus: Tensor, cluster: Cluster) -> Tensor:
+    """How many other nodes each token visits, [N]: what it sends between nodes with two hops."""
+    visited = _visited(gpus, cluster).scatter(1, home[:, None] // cluster.gpus, False)
+    return visited.sum(1)
+
+
+def _visited(gpus: Tensor, cluster: Cluster) -> Tensor:
+    """[N, nodes] bool: the nodes that hold a chosen expert."""
+    return torch.zeros(len(gpus), cluster.nodes, dtype=torch.bool).scatter(1, gpus // cluster.gpus, True)
+
+
+def _split(senders: Tensor, receivers: Tensor, cluster: Cluster) -> Rows:
+    """One row for each pair, counted by the wire that it takes."""
+    pairs = (senders * cluster.size + receivers).flatten()
+    rows = pairs.bincount(minlength=cluster.size ** 2).view(cluster.size, cluster.size)
+    node = torch.arange(cluster.size) // cluster.gpus
+    together = node[:, None] == node
+    return Rows(rows * ~together, rows * together * ~torch.eye(cluster.size, dtype=torch.bool))
+
+
+def seconds(rows: Rows, row_bytes: int, cluster: Cluster) -> Seconds:
+    """The time of the busiest GPU: the larger of what it sends and what it receives, over the speed of the wire."""
+    def busiest(table: Tensor) -> int:
+        return int(torch.maximum(table.sum(0), table.sum(1)).max())
+
+    return Seconds(busiest(rows.between) * row_bytes / cluster.between,
+                   busiest(rows.inside) * row_bytes / cluster.inside)
+
+
+def row_bytes(hidden: int, payload: str = "fp8") -> int:
+    """Bytes of a row: dispatch sends FP8 codes and an FP32 scale for each 128 of them, combine returns BF16.
+
+    7,392 and 14,336 at full size (report section 3.3.3). Raises ValueError for another payload.
+    """
+    if payload not in ("fp8", "bf16"):
+        raise ValueError(f"payload is {payload!r}; it must be 'fp8' or 'bf16'")
+    return 2 * hidden if payload == "bf16" else hidden + 4 * -(-hidden // TILE)
+
+
+# ---- how many copies to expect --------------------------------------------------------------------------------------
+
+
+def copies_by_expert(nodes: int, top_k: int) -> float:
+    """Expected rows of a token to other nodes if each expert gets its own: 7.00 at full size."""
+    return top_k * (nodes - 1) / nodes
+
+
+def copies_by_node(experts: int, nodes: int, top_k: int) -> float:
+    """Expected other nodes with at least one of top_k different experts, chosen at random: 4.63 at full size.
+
+    With a limit on nodes the scores decide which are kept, and there is no short formula: `choose` and count.
+    """
+    missed = comb(experts - experts // nodes, top_k) / comb(experts, top_k)
+    return (nodes - 1) * (1 - missed)
+
+
+def choose(tokens: int, experts: int, nodes: int, limit: int, top_k: int, skew: float = 0.0, seed: int = 0) -> Tensor:
+    """Choices of random tokens, [tokens, top_k], by the package's router with a group of experts for each node.
+
+    With `skew` some experts are wanted more: the i-th of a random order about i^-skew times as often as the first.
+    """
+    source = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(tokens, experts, generator=source, dtype=torch.float64)
+    wanted = torch.arange(1, experts + 1, dtype=torch.float64)[torch.randperm(experts, generator=source)]
+    # The largest of log(weight) + Gumbel noise are a sample without replacement by weight; a quarter of it, so that
+    # the sigmoids of large ones stay apart.
+    logits = (-(-uniform.log()).log() - skew * wanted.log()) / 4
+    return route(logits, torch.zeros(experts, dtype=torch.float64), n_group=nodes, topk_group=limit,
+                 top_k=top_k).experts
