@@ -1,15 +1,15 @@
-"""How many rows cross which wires when tokens visit their experts, and how long that takes (report sections 2.1.2, 3.2).
+"""How many rows cross which wires when tokens visit their experts, and the time that takes (report sections 2.1.2, 3.2).
 
 A cluster has two kinds of wires: between nodes (InfiniBand, one port for each GPU) and inside a node (NVLink, 3.2 times
-as fast on the H800). A token's vector is a row. Two ways to send it:
+as fast on the H800). A token's vector is a row. Three ways to send it:
 
-    flat        a row for each chosen expert, straight to the expert's GPU
-    two hops    one row to each node that holds a chosen expert, to the GPU with the sender's own number there;
-                from that GPU a row for each chosen expert of the node, over the wires inside
+    by expert   a row for each chosen expert, straight to the expert's GPU
+    by GPU      a row for each GPU that hosts a chosen expert (`dispatch.flat_hops`)
+    by node     a row for each node that hosts a chosen expert, to the GPU with the sender's own number there; from that
+                GPU a row for each GPU of the node, over the wires inside (`dispatch.two_hops`)
 
-Node-limited routing bounds the nodes that a token chooses. Only two hops turn that into a bound on rows: flat sends
-top-k rows whatever the router does. Results come back over the same wires, so the counts hold for combine as well.
-Only whole numbers and lengths of lists: no processes. `experts.py` moves the rows.
+Node-limited routing bounds the nodes that a token chooses. Only the third way turns that into a bound on rows. Results
+come back over the same wires, so the counts hold for combine as well. Nothing is sent here: `dispatch.py` does that.
 """
 
 from math import comb
@@ -50,32 +50,35 @@ class Seconds(NamedTuple):
     inside: float
 
 
-def flat(home: Tensor, gpus: Tensor, cluster: Cluster) -> Rows:
+def by_expert(home: Tensor, gpus: Tensor, cluster: Cluster) -> Rows:
     """A row for each choice. home [N]: the GPU of each token; gpus [N, k]: the GPUs of its chosen experts."""
-    return _split(home[:, None].expand_as(gpus), gpus, cluster)
+    return _rows(home[:, None].expand_as(gpus), gpus, cluster)
 
 
-def two_hops(home: Tensor, gpus: Tensor, cluster: Cluster) -> Rows:
-    """One row to each other node of a token, and inside each node a row for each choice. Arguments as `flat`'s."""
-    token, node = _visited(gpus, cluster).nonzero(as_tuple=True)
-    entry = node * cluster.gpus + home[token] % cluster.gpus
-    first = _split(home[token], entry, cluster)
-    second = _split(gpus // cluster.gpus * cluster.gpus + home[:, None] % cluster.gpus, gpus, cluster)
-    return Rows(first.between, first.inside + second.inside)
+def by_gpu(home: Tensor, gpus: Tensor, cluster: Cluster) -> Rows:
+    """A row for each GPU of each token. Arguments as `by_expert`'s."""
+    token, gpu = visits(gpus, cluster.size).nonzero(as_tuple=True)
+    return _rows(home[token], gpu, cluster)
 
 
-def node_copies(home: Tensor, gpus: Tensor, cluster: Cluster) -> Tensor:
-    """How many other nodes each token visits, [N]: what it sends between nodes with two hops."""
-    visited = _visited(gpus, cluster).scatter(1, home[:, None] // cluster.gpus, False)
-    return visited.sum(1)
+def by_node(home: Tensor, gpus: Tensor, cluster: Cluster) -> Rows:
+    """A row for each node of each token, and there a row for each of its GPUs. Arguments as `by_expert`'s."""
+    def entry(token: Tensor, node: Tensor) -> Tensor:
+        return node * cluster.gpus + home[token] % cluster.gpus
+
+    token, node = visits(gpus // cluster.gpus, cluster.nodes).nonzero(as_tuple=True)
+    first = _rows(home[token], entry(token, node), cluster)
+    token, gpu = visits(gpus, cluster.size).nonzero(as_tuple=True)
+    second = _rows(entry(token, gpu // cluster.gpus), gpu, cluster)
+    return Rows(first.between, second.inside)
 
 
-def _visited(gpus: Tensor, cluster: Cluster) -> Tensor:
-    """[N, nodes] bool: the nodes that hold a chosen expert."""
-    return torch.zeros(len(gpus), cluster.nodes, dtype=torch.bool).scatter(1, gpus // cluster.gpus, True)
+def visits(hosts: Tensor, members: int) -> Tensor:
+    """Which of `members` nodes or GPUs host a chosen expert: hosts [N, k] -> [N, members] bool."""
+    return torch.zeros(len(hosts), members, dtype=torch.bool).scatter(1, hosts, True)
 
 
-def _split(senders: Tensor, receivers: Tensor, cluster: Cluster) -> Rows:
+def _rows(senders: Tensor, receivers: Tensor, cluster: Cluster) -> Rows:
     """One row for each pair, counted by the wire that it takes."""
     pairs = (senders * cluster.size + receivers).flatten()
     rows = pairs.bincount(minlength=cluster.size ** 2).view(cluster.size, cluster.size)

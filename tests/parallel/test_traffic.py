@@ -11,26 +11,26 @@ from minidsv3.parallel.traffic import Cluster, Rows
 H800 = Cluster(8, 8)
 
 
-def sent(home, gpus, cluster, two_hops):
-    """Every row that leaves a GPU, one after the other: (between or inside, sender, receiver)."""
+def sent(home, gpus, cluster, way):
+    """Every row that leaves a GPU, one after the other: (sender, receiver)."""
     for token, chosen in zip(home.tolist(), gpus.tolist()):
-        entered = {}
-        for gpu in chosen:
-            node = gpu // cluster.gpus
-            sender = token
-            if two_hops and node != token // cluster.gpus:
-                sender = node * cluster.gpus + token % cluster.gpus
-                if node not in entered:
-                    yield "between", token, sender
-                entered[node] = True
-            if sender != gpu:
-                yield "between" if sender // cluster.gpus != node else "inside", sender, gpu
+        if way == "by_expert":
+            yield from ((token, gpu) for gpu in chosen)
+        elif way == "by_gpu":
+            yield from ((token, gpu) for gpu in set(chosen))
+        else:
+            for node in {gpu // cluster.gpus for gpu in chosen}:
+                entry = node * cluster.gpus + token % cluster.gpus
+                yield token, entry
+                yield from ((entry, gpu) for gpu in set(chosen) if gpu // cluster.gpus == node)
 
 
-def counted(home, gpus, cluster, two_hops) -> Rows:
+def counted(home, gpus, cluster, way) -> Rows:
     tables = {wire: torch.zeros(cluster.size, cluster.size, dtype=torch.int64) for wire in Rows._fields}
-    for wire, sender, receiver in sent(home, gpus, cluster, two_hops):
-        tables[wire][sender, receiver] += 1
+    for sender, receiver in sent(home, gpus, cluster, way):
+        if sender != receiver:
+            wire = "inside" if sender // cluster.gpus == receiver // cluster.gpus else "between"
+            tables[wire][sender, receiver] += 1
     return Rows(**tables)
 
 
@@ -41,32 +41,31 @@ def random_tokens(cluster, tokens=50, chosen=5, seed=0):
 
 
 CLUSTERS = [Cluster(2, 4), Cluster(3, 2), Cluster(1, 4), Cluster(4, 1)]
-WAYS = {"flat": (traffic.flat, False), "two hops": (traffic.two_hops, True)}
+WAYS = ("by_expert", "by_gpu", "by_node")
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS, ids=lambda c: f"{c.nodes}x{c.gpus}")
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_are_those_of_every_single_step(cluster, way):
-    function, hops = WAYS[way]
     for seed in range(5):
         home, gpus = random_tokens(cluster, seed=seed)
-        got, want = function(home, gpus, cluster), counted(home, gpus, cluster, hops)
+        got, want = getattr(traffic, way)(home, gpus, cluster), counted(home, gpus, cluster, way)
         assert torch.equal(got.between, want.between) and torch.equal(got.inside, want.inside)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 5), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**20))
 def test_what_holds_for_every_exchange(nodes, gpus_of_node, chosen, seed):
+    """A coarser merge never sends more between nodes, and the coarsest at most one row to each other node."""
     cluster = Cluster(nodes, gpus_of_node)
     home, gpus = random_tokens(cluster, 30, chosen, seed)
-    flat, hops = traffic.flat(home, gpus, cluster), traffic.two_hops(home, gpus, cluster)
-    assert hops.between.sum() <= flat.between.sum()
-    assert hops.between.sum() == traffic.node_copies(home, gpus, cluster).sum()
-    assert traffic.node_copies(home, gpus, cluster).max() <= min(chosen, nodes - 1)
-    same_number = torch.arange(cluster.size) % gpus_of_node
-    assert not hops.between[same_number[:, None] != same_number].any()      # wires between nodes join equal numbers
-    for rows in (flat, hops):
-        together = torch.arange(cluster.size)[:, None] // gpus_of_node == torch.arange(cluster.size) // gpus_of_node
+    expert, gpu, node = (getattr(traffic, way)(home, gpus, cluster) for way in WAYS)
+    assert node.between.sum() <= gpu.between.sum() <= expert.between.sum()
+    assert node.between.sum() <= 30 * min(chosen, nodes - 1)
+    number, place = torch.arange(cluster.size) % gpus_of_node, torch.arange(cluster.size) // gpus_of_node
+    assert not node.between[number[:, None] != number].any()        # between nodes, equal numbers talk
+    together = place[:, None] == place
+    for rows in (expert, gpu, node):
         assert not rows.between[together].any() and not rows.inside[~together].any()
         assert not rows.inside.diagonal().any()
 
@@ -74,10 +73,10 @@ def test_what_holds_for_every_exchange(nodes, gpus_of_node, chosen, seed):
 def test_one_token_by_hand():
     """Two nodes of four: the token sits on GPU 1; its experts are on GPUs 1, 2, 5, 6 and once more 6."""
     cluster, home, gpus = Cluster(2, 4), torch.tensor([1]), torch.tensor([[1, 2, 5, 6, 6]])
-    flat, hops = traffic.flat(home, gpus, cluster), traffic.two_hops(home, gpus, cluster)
-    assert flat.between.nonzero().tolist() == [[1, 5], [1, 6]] and flat.between[1].sum() == 3
-    assert hops.between.nonzero().tolist() == [[1, 5]] and hops.between.sum() == 1
-    assert hops.inside.nonzero().tolist() == [[1, 2], [5, 6]] and hops.inside[5, 6] == 2
+    expert, gpu, node = (getattr(traffic, way)(home, gpus, cluster) for way in WAYS)
+    assert [rows.between.sum() for rows in (expert, gpu, node)] == [3, 2, 1]
+    assert gpu.between.nonzero().tolist() == [[1, 5], [1, 6]] and node.between.nonzero().tolist() == [[1, 5]]
+    assert gpu.inside.nonzero().tolist() == [[1, 2]] and node.inside.nonzero().tolist() == [[1, 2], [5, 6]]
 
 
 # ---- expected copies ------------------------------------------------------------------------------------------------
@@ -91,20 +90,21 @@ def test_copies_at_full_size():
 def copies_of(limit, seed=0):
     chosen = traffic.choose(20_000, 256, 8, limit, 8, seed=seed)
     home, gpus = torch.arange(20_000) % 64, chosen // 4
-    flat, hops = traffic.flat(home, gpus, H800), traffic.two_hops(home, gpus, H800)
-    return flat.between.sum().item() / 20_000, hops.between.sum().item() / 20_000
+    return [getattr(traffic, way)(home, gpus, H800).between.sum().item() / 20_000 for way in WAYS]
 
 
 def test_counted_copies_meet_the_closed_forms():
-    flat, hops = copies_of(limit=8)
-    assert flat == pytest.approx(7.0, abs=0.02) and hops == pytest.approx(4.633, abs=0.02)
+    expert, gpu, node = copies_of(limit=8)
+    assert expert == pytest.approx(7.0, abs=0.02) and node == pytest.approx(4.633, abs=0.02)
+    assert gpu == pytest.approx(traffic.copies_by_node(256, 64, 8) * 56 / 63, abs=0.02)     # 56 GPUs on other nodes
 
 
-def test_the_limit_alone_saves_nothing_and_with_two_hops_a_quarter_more():
-    flat, hops = copies_of(limit=4)
-    assert flat == pytest.approx(7.0, abs=0.02) and hops == pytest.approx(3.47, abs=0.02)
+def test_the_limit_bounds_rows_only_where_nodes_are_merged():
+    expert, gpu, node = copies_of(limit=4)
+    assert expert == pytest.approx(7.0, abs=0.02) and node == pytest.approx(3.47, abs=0.02)
+    assert gpu > 6.2
     chosen = traffic.choose(2_000, 256, 8, 4, 8)
-    assert traffic.node_copies(torch.zeros(2_000, dtype=torch.int64), chosen // 4, H800).max() == 4
+    assert traffic.visits(chosen // 32, 8).sum(1).max() == 4
 
 
 def test_skew_makes_some_experts_wanted():
@@ -136,29 +136,28 @@ def test_the_busiest_gpu_is_the_time():
 
 
 def a_row_for_each_expert(home, gpus, cluster):
-    """Two hops that forget to merge: a row between nodes for each choice."""
+    """By node, but a row between nodes for each choice."""
     entry = gpus // cluster.gpus * cluster.gpus + home[:, None] % cluster.gpus
-    first, second = traffic.flat(home, entry, cluster), traffic._split(entry, gpus, cluster)
-    return Rows(first.between, second.inside)
+    return Rows(traffic.by_expert(home, entry, cluster).between, RIGHT(home, gpus, cluster).inside)
 
 
-def own_node_counted(home, gpus, cluster):
-    return traffic._visited(gpus, cluster).sum(1)
+def to_the_first_gpu(home, gpus, cluster):
+    """By node, but to the lowest GPU of each node instead of the one with the sender's number."""
+    return RIGHT(home // cluster.gpus * cluster.gpus, gpus, cluster)
 
 
-def straight_to_the_expert(home, gpus, cluster):
-    """Merged, but to the GPU of the first expert instead of the one with the sender's number."""
-    rows = traffic.flat(home, gpus[:, :1], cluster)
-    return Rows(rows.between, traffic._split(gpus[:, :1].expand_as(gpus), gpus, cluster).inside)
+def own_node_counted(hosts, members):
+    return torch.ones(len(hosts), members, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("name, fault", [("two_hops", a_row_for_each_expert), ("two_hops", straight_to_the_expert),
-                                         ("two_hops", traffic.flat), ("node_copies", own_node_counted)])
+RIGHT = traffic.by_node
+
+
+@pytest.mark.parametrize("name, fault", [
+    ("by_node", a_row_for_each_expert), ("by_node", to_the_first_gpu), ("by_node", traffic.by_gpu),
+    ("by_gpu", traffic.by_expert), ("by_expert", traffic.by_gpu), ("visits", own_node_counted)])
 def test_faults_are_seen(monkeypatch, name, fault):
     monkeypatch.setattr(traffic, name, fault)
     with pytest.raises(AssertionError):
-        test_what_holds_for_every_exchange()
-    if name == "two_hops":
-        monkeypatch.setitem(WAYS, "two hops", (fault, True))
-        with pytest.raises(AssertionError):
-            test_rows_are_those_of_every_single_step(Cluster(2, 4), "two hops")
+        for way in WAYS:
+            test_rows_are_those_of_every_single_step(Cluster(2, 4), way)
