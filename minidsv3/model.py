@@ -14,6 +14,7 @@ from .block import Block
 from .config import ModelConfig
 from .kernels import Routing
 from .layers import Linear, RMSNorm
+from .moe import Record
 from .mtp import MTPModule, prediction_loss
 
 
@@ -94,18 +95,25 @@ class Transformer(nn.Module):
         one's end; the next-token loss and attention do cross, as in the report's pre-training.
         MTP runs if its weight is not 0, and so does the balance loss.
         """
-        record: list[Routing] = []
+        record = Record()
         hidden = self.hidden(tokens[:, :-1], record=record)
-        main = prediction_loss(self.model.norm(hidden), self.lm_head.weight, tokens, depth=0)
-        mtp = self._mtp(hidden, tokens, documents, record) if mtp_weight else main.new_zeros(())
-        balance = main.new_zeros(())
-        for routing in record if balance_weight else ():
-            layer_logits = routing.logits.unflatten(0, (tokens.shape[0], -1))
-            balance = balance + sequence_balance_loss(layer_logits, self.config.num_experts_per_tok)
+        main, mtp = self.prediction_losses(hidden, tokens, documents, mtp_weight, record)
+        balance = self.balance_loss(record, len(tokens)) if balance_weight and record else main.new_zeros(())
         load = torch.zeros(self.config.moe_layers, self.config.n_routed_experts, device=main.device)
         if record:   # rows of MTP modules that did not run stay even: their bias rests
             load[:len(record)] = torch.stack([routing.load for routing in record])
         return Losses(main + mtp_weight * mtp + balance_weight * balance, main, mtp, balance, load)
+
+    def prediction_losses(self, hidden: Tensor, tokens: Tensor, documents: Tensor | None, mtp_weight: float,
+                          record: list[Routing]) -> tuple[Tensor, Tensor]:
+        """`main` and `mtp` of `Losses`, from the main model's output [B, T, hidden] before its norm."""
+        main = prediction_loss(self.model.norm(hidden), self.lm_head.weight, tokens, depth=0)
+        return main, self._mtp(hidden, tokens, documents, record) if mtp_weight else main.new_zeros(())
+
+    def balance_loss(self, record: list[Routing], batch: int) -> Tensor:
+        """`balance` of `Losses`, over the MoE layers (one or more) that recorded a pass over `batch` sequences."""
+        return sum(sequence_balance_loss(routing.logits.unflatten(0, (batch, -1)), self.config.num_experts_per_tok)
+                   for routing in record)
 
     def _mtp(self, hidden: Tensor, tokens: Tensor, documents: Tensor | None, record: list[Routing]) -> Tensor:
         """(1 / D) sum of L^k. Module k runs on the first T - k positions, each joined with the token k further on."""

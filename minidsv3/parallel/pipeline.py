@@ -1,0 +1,254 @@
+"""Training a model that is cut into stages over several ranks (report section 3.2.1).
+
+    pipeline = Pipeline(config, "dualpipe", state)            # on every rank; state of a whole Transformer
+    losses = pipeline.step(tokens, documents, mtp_weight=0.3, balance_weight=1e-4)
+    norm = pipeline.clip(1.0)
+    optimizer.step()                                          # over pipeline.parameters()
+    pipeline.update_biases(losses.load, gamma=1e-3)
+
+gives losses, gradients, norm and biases of one process that computes the whole batch. What makes it so:
+
+- Each micro-batch's loss is weighed with 1 / M and gradients are added, never scaled.
+- Each backward pass computes input gradients; weight gradients wait in a store of the stage's
+  (`weight_gradients.py`) until the order says W, or follow at once where it says B.
+- With DualPipe each stage is on two ranks, one for each direction. Half of the micro-batches go each way, tokens
+  enter where the other direction's labels are needed, and both copies' gradients are the sum of both.
+- MTP reads the embedding at the last stage. Where that is on the first stage's rank, they share it; else its two
+  copies' gradients are summed as well.
+- Loads of experts are counted by each stage, gathered over all ranks, and move all biases alike.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.pipelining.schedules import (PipelineScheduleMulti, Schedule1F1B, ScheduleDualPipeV,
+                                                    ScheduleZBVZeroBubble)
+from torch.distributed.tensor import DTensor
+
+from ..balance import update_biases
+from ..config import ModelConfig
+from ..model import Losses
+from ..weight_gradients import WeightGradStore, defer_weight_gradients
+from .runtime import Chains, Link, Place, ScheduleOrders
+from .schedule import dualpipe, zb1p
+from .stage import Objective, Stage, split
+
+FOLDED = ("zbv", "dualpipev")                   # one chain of 2 P stages; the others have P
+SCHEDULES = ("1f1b", "zb1p", *FOLDED, "dualpipe")
+
+
+def chains(schedule: str, ranks: int) -> Chains:
+    """The form of a schedule. Raises ValueError for an unknown one."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+    return Chains(length=2 * ranks if schedule in FOLDED else ranks, count=2 if schedule == "dualpipe" else 1)
+
+
+def places(schedule: str, ranks: int, rank: int) -> list[Place]:
+    """The stages that a rank holds: one, the two arms of a folded chain, or one of each direction."""
+    length, count = chains(schedule, ranks)
+    if count == 2:
+        return [Place("a", rank), Place("b", ranks - 1 - rank)]
+    return [Place("a", position) for position in sorted({rank, length - 1 - rank} if length > ranks else {rank})]
+
+
+def build_stages(config: ModelConfig, schedule: str, ranks: int, rank: int, precision: str = "fp32") -> list[Stage]:
+    """A rank's stages, in the order of `places`; if they are the first and the last, they share one embedding."""
+    layers = split(config, chains(schedule, ranks).length)
+    built: dict[Place, Stage] = {}
+    embedding = None
+    for place in sorted(places(schedule, ranks, rank), key=lambda place: place.position):
+        built[place] = Stage(config, layers[place.position], embedding, precision)
+        embedding = built[place].model["embed_tokens"] if built[place].first else None
+    return [built[place] for place in places(schedule, ranks, rank)]
+
+
+def named_weights(stages: list[Stage]) -> dict[str, nn.Parameter]:
+    """Parameters by name, MTP's copy of the embedding under the embedding's own name."""
+    return {EMBEDDING if name.endswith("embed_tokens.weight") else name: parameter
+            for stage in stages for name, parameter in stage.named_parameters()}
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def copied_weights(config: ModelConfig, schedule: str, ranks: int) -> dict[str, tuple[int, int]]:
+    """Every weight that two pipeline ranks hold, and these ranks, the lower first.
+
+    DualPipe: all of them, on ranks r and P - 1 - r. 1F1B and ZB1P: the embedding, if MTP reads it. Folded chains: none.
+    """
+    holders: dict[str, list[int]] = {}
+    with torch.device("meta"):
+        for rank in range(ranks):
+            for name in named_weights(build_stages(config, schedule, ranks, rank)):
+                holders.setdefault(name, []).append(rank)
+    return {name: (found[0], found[1]) for name, found in holders.items() if len(found) > 1}
+
+
+class Pipeline:
+    """This rank's part of a model, and how a batch runs through all parts.
+
+    `state` is a whole Transformer's state dict, from which each rank takes its part; without one the weights have no
+    useful values. `micro_batch` counts sequences. `precision` is as in `TrainConfig`.
+    `group` has the pipeline's ranks in order (None: all ranks). `data` has the ranks that hold the same stages and
+    train on other sequences (None: nobody else): losses are their mean and loads their sum, while gradients are the
+    affair of `wrap`, which may shard a stage or share out its experts before torch sees it.
+    Raises ValueError for an unknown schedule, more stages than layers, and a state of another model.
+    """
+
+    def __init__(self, config: ModelConfig, schedule: str, state: Mapping[str, Tensor] | None = None,
+                 micro_batch: int = 1, precision: str = "fp32", device: torch.device | str = "cpu",
+                 group: ProcessGroup | None = None, data: ProcessGroup | None = None,
+                 wrap: Callable[[Stage], Stage] = lambda stage: stage):
+        self.config, self.schedule, self.micro_batch = config, schedule, micro_batch
+        self.device, self.group, self.data = torch.device(device), group, data
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.places = places(schedule, self.ranks, self.rank)
+        self.copied = copied_weights(config, schedule, self.ranks)
+        with self.device:
+            stages = build_stages(config, schedule, self.ranks, self.rank, precision)
+        for stage in stages if state is not None else ():
+            stage.load_whole(state)
+        self.stages = [wrap(stage) for stage in stages]
+        self.stores = [defer_weight_gradients(stage) for stage in self.stages]
+        self._runs: dict[tuple[int, int], Schedule1F1B | PipelineScheduleMulti] = {}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by name, each once."""
+        return named_weights(self.stages)
+
+    def own_weights(self) -> dict[str, nn.Parameter]:
+        """Without those that a lower pipeline rank holds too: over all ranks, each of the model's once."""
+        return {name: parameter for name, parameter in self.weights().items()
+                if self.copied.get(name, (self.rank,))[0] == self.rank}
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+
+    def step(self, tokens: Tensor, documents: Tensor | None = None, mtp_weight: float = 0.0,
+             balance_weight: float = 0.0) -> Losses:
+        """Adds the gradient of the batch's loss to the parameters; returns its losses, without graph, on every rank.
+
+        tokens and `documents` [B, T + 1] int64 as in `Transformer.loss`, the same on all ranks of the pipeline.
+        Raises ValueError if B is no multiple of `micro_batch`, or the schedule cannot run that many micro-batches.
+        """
+        micro_batches, rest = divmod(len(tokens), self.micro_batch)
+        if rest or not micro_batches:
+            raise ValueError(f"a batch of {len(tokens)} sequences cannot be cut into micro-batches of "
+                             f"{self.micro_batch}; it must be a multiple of that")
+        objective = Objective(mtp_weight, balance_weight, 1 / micro_batches)
+        for stage in self.stages:
+            stage.begin_step(objective)
+        arguments, keywords = self._feed(tokens.to(self.device), documents)
+        self._run(micro_batches, tokens.shape[1]).step(*arguments, return_outputs=False, **keywords)
+        self._sum_copies()
+        return self._gather(objective)
+
+    def _feed(self, tokens: Tensor, documents: Tensor | None) -> tuple[tuple, dict[str, Tensor]]:
+        """What this rank's stages need of the batch: tokens where its chains begin, labels where they end."""
+        arguments, keywords = (), {}
+        for stage, place in zip(self.stages, self.places):
+            if stage.first:
+                arguments = (self._half(tokens, place),)
+            if stage.last:
+                keywords = {"labels": self._half(tokens, place), "target": self._half(tokens, place)}
+                if documents is not None:
+                    keywords["documents"] = self._half(documents.to(self.device), place)
+        return arguments, keywords
+
+    def _half(self, sequences: Tensor, place: Place) -> Tensor:
+        """The sequences that go in a place's direction: with two directions, the first or the second half."""
+        if self.schedule != "dualpipe":
+            return sequences
+        return sequences.chunk(2)[place.direction == "b"]
+
+    def _run(self, micro_batches: int, length: int) -> Schedule1F1B | PipelineScheduleMulti:
+        """torch's object that runs a batch; made anew when the batch's shape changes."""
+        if (micro_batches, length) not in self._runs:
+            self._runs = {(micro_batches, length): self._build(micro_batches, length - 1)}
+        return self._runs[micro_batches, length]
+
+    def _build(self, micro_batches: int, length: int) -> Schedule1F1B | PipelineScheduleMulti:
+        form = chains(self.schedule, self.ranks)
+        links = [Link(stage, place, form, self.micro_batch, length, self.device, self.group, store.take)
+                 for stage, place, store in zip(self.stages, self.places, self.stores)]
+        match self.schedule:
+            case "1f1b":
+                return Schedule1F1B(links[0], micro_batches, computed, scale_grads=False)
+            case "zb1p":
+                return ScheduleOrders(links, form, micro_batches, computed, zb1p(self.ranks, micro_batches))
+            case "zbv":
+                return ScheduleZBVZeroBubble(links, micro_batches, computed, scale_grads=False)
+            case "dualpipev":
+                return ScheduleDualPipeV(links, micro_batches, computed, scale_grads=False)
+            case "dualpipe":
+                return ScheduleOrders(links, form, micro_batches // 2, computed, dualpipe(self.ranks, micro_batches))
+
+    def _sum_copies(self) -> None:
+        """Each weight that two ranks hold gets the sum of both gradients, so that both copies stay equal."""
+        partner = self.ranks - 1 - self.rank
+        for name, parameter in sorted(self.weights().items()):
+            if name == EMBEDDING and name in self.copied and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)      # MTP's copy in a step without MTP
+            if name in self.copied and parameter.grad is not None:
+                mine = local(parameter.grad)
+                theirs = torch.empty_like(mine)
+                for work in dist.batch_isend_irecv([
+                        dist.P2POp(dist.isend, mine, group=self.group, group_peer=partner),
+                        dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=partner)]):
+                    work.wait()
+                mine += theirs
+
+    @torch.no_grad()
+    def _gather(self, objective: Objective) -> Losses:
+        """The stages' sums over all ranks."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        load = torch.zeros(self.config.moe_layers, self.config.n_routed_experts, device=self.device)
+        for stage in self.stages:
+            sums += stage.sums
+            load[stage.load_rows] += stage.load
+        for values in (sums, load):
+            dist.all_reduce(values, group=self.group)
+            if self.data is not None:
+                dist.all_reduce(values, group=self.data)
+        main, mtp, balance = sums / (1 if self.data is None else dist.get_world_size(self.data))
+        total = main + objective.mtp_weight * mtp + objective.balance_weight * balance
+        return Losses(total, main, mtp, balance, load)
+
+    # ---- after the step -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales all gradients down to a norm of `max_norm` over the whole model; returns the norm before."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for parameter in self.own_weights().values():
+            if parameter.grad is not None:
+                squares += whole(torch.linalg.vector_norm(parameter.grad)).double() ** 2
+        dist.all_reduce(squares, group=self.group)
+        norm = squares.sqrt()
+        for parameter in self.weights().values():
+            if parameter.grad is not None:
+                parameter.grad *= (max_norm / (norm + 1e-6)).clamp(max=1.0).to(parameter.grad.dtype)
+        return norm
+
+    def update_biases(self, load: Tensor, gamma: float) -> None:
+        """Moves the biases of this rank's routers (see `balance.update_biases`); `load` is that of `Losses`."""
+        for stage in self.stages:
+            update_biases(stage, load[stage.load_rows], gamma)
+
+
+def computed(loss: Tensor, labels: Tensor) -> Tensor:
+    """The loss, for torch: the last stage has computed it, so that whatever wraps the stage sees all its weights used."""
+    return loss
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The value of a sharded tensor; other tensors as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,149 @@
+"""What torch's pipeline runtime lacks for us: two chains of stages through the same ranks, and few receive buffers.
+
+torch.distributed.pipelining runs one chain of stages in any order of F, I, W, B and F&B. Bidirectional DualPipe is two
+chains over the same ranks, in opposite directions. Numbered like this they are two chains for torch as well, because
+stages send to the stages numbered one more or one less, and nobody is number P:
+
+    rank            0      1     ..    P-1
+    direction a     0      1     ..    P-1        tokens enter at rank 0
+    direction b     2P     2P-1  ..    P+1        tokens enter at rank P-1
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.distributed import P2POp, ProcessGroup
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD,
+                                                    OVERLAP_F_B, RECV_B, RECV_F, _Action, _add_reduce_grad,
+                                                    _add_send_recv, _add_unshard_reshard, _PipelineScheduleRuntime)
+
+from .schedule import Action, Orders, Overlapped
+from .stage import Stage
+
+KINDS = {"F": FORWARD, "B": FULL_BACKWARD, "I": BACKWARD_INPUT, "W": BACKWARD_WEIGHT}
+
+
+class Chains(NamedTuple):
+    """The form of a pipeline: `count` chains of `length` stages."""
+
+    length: int
+    count: int
+
+    def number(self, direction: str, position: int) -> int:
+        """torch's number of a stage."""
+        return position + (self.length + 1) * (direction == "b")
+
+    @property
+    def numbers(self) -> int:
+        return self.count * (self.length + 1) - 1
+
+
+class Place(NamedTuple):
+    """Where a stage stands: in which direction's chain, and at which position of it."""
+
+    direction: str
+    position: int
+
+
+class Link(PipelineStage):
+    """A stage in torch's runtime.
+
+    Shapes of what comes in and goes out are given, for `micro_batch` sequences of `length` tokens. Else torch would
+    run the stage once to learn them, and tokens that nobody sent would be counted.
+    torch makes a receive buffer for every micro-batch of a step and keeps them all: at full size 28 GB with DualPipeV
+    and 120 micro-batches. Here a buffer lives from its receive to the backward pass that reads it last, so that there
+    are as many as micro-batches in flight.
+    """
+
+    def __init__(self, stage: Stage, place: Place, chains: Chains, micro_batch: int, length: int, device: torch.device,
+                 group: ProcessGroup | None, dw_builder: Callable[[], Callable[[], None]]):
+        self.position, self.chain_length = place.position, chains.length
+        tokens = torch.empty(micro_batch, length + 1, dtype=torch.int64, device="meta")
+        hidden = torch.empty(micro_batch, length, stage.config.hidden_size, dtype=next(stage.parameters()).dtype,
+                             device="meta", requires_grad=True)
+        super().__init__(stage, chains.number(*place), chains.numbers, device, group=group, dw_builder=dw_builder,
+                         input_args=tokens if stage.first else hidden,
+                         output_args=hidden.sum() if stage.last else hidden)
+
+    @property
+    def is_first(self) -> bool:
+        return self.position == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.position == self.chain_length - 1
+
+    def _prepare_forward_infra(self, *args, **kwargs):
+        return self._without_memory(super()._prepare_forward_infra, *args, **kwargs)
+
+    def _prepare_backward_infra(self, *args, **kwargs):
+        return self._without_memory(super()._prepare_backward_infra, *args, **kwargs)
+
+    def _without_memory(self, prepare: Callable, *args, **kwargs):
+        """Calls one of torch's functions that make all receive buffers, and lets them be made without memory."""
+        device, self.device = self.device, torch.device("meta")
+        try:
+            return prepare(*args, **kwargs)
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[P2POp]:
+        self._move_buffers(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[P2POp]:
+        self._move_buffers(self.grad_recv_info[bwd_chunk_id], self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args, **kwargs) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        for infos in (self.args_recv_info, self.grad_recv_info):
+            self._move_buffers(infos[bwd_chunk_id], torch.device("meta"))
+
+    @staticmethod
+    def _move_buffers(infos: tuple, device: torch.device) -> None:
+        for info in infos:
+            if getattr(info, "buffer", None) is not None:         # tokens are given, not received
+                info.buffer = torch.empty_like(info.buffer, device=device)
+
+
+class ScheduleOrders(_PipelineScheduleRuntime):
+    """Runs orders of `schedule.py` on torch's runtime: one chain of stages, or the two of `dualpipe`.
+
+    `links` are this rank's, `micro_batches` those of each chain; `loss` is as in torch, and nothing is divided by the
+    number of micro-batches.
+    """
+
+    def __init__(self, links: list[Link], chains: Chains, micro_batches: int, loss: Callable, orders: Orders):
+        super().__init__(links, micro_batches, loss, scale_grads=False)
+        ranks = range(chains.length)
+        self.stage_index_to_group_rank = {chains.number("a", rank): rank for rank in ranks}
+        if chains.count == 2:
+            self.stage_index_to_group_rank |= {chains.number("b", chains.length - 1 - rank): rank for rank in ranks}
+            self.stage_index_to_group_rank[chains.length] = chains.length - 1     # number P, on neither chain
+        for link in links:
+            link.stage_index_to_group_rank = self.stage_index_to_group_rank
+        self.pipeline_order_with_comms = self._with_messages([lower(order, chains) for order in orders])
+
+    def _with_messages(self, orders: list[list[_Action]]) -> dict[int, list[_Action]]:
+        """Lets torch put in all other actions: sending, receiving, and what FSDP needs."""
+        last, chunks = len(orders) - 1, self._n_microbatches
+        full = {rank: _add_reduce_grad(_add_unshard_reshard(order), chunks) for rank, order in enumerate(orders)}
+        # Chain a ends and chain b begins on the last rank. torch waits there for messages from number P: say they came.
+        came = [_Action(number, kind, chunk) for number, kind in ((last, RECV_B), (last + 2, RECV_F))
+                for chunk in range(chunks)]
+        full[last] = came + full[last]
+        full = _add_send_recv(full, self.stage_index_to_group_rank.__getitem__, self._num_stages)
+        return full | {last: [action for action in full[last] if action not in came]}
+
+
+def lower(order: list[Action | Overlapped], chains: Chains) -> list[_Action]:
+    """An order in torch's words."""
+    lowered = []
+    for action in order:
+        parts = tuple(_Action(chains.number(part.direction, part.stage), KINDS[part.kind], part.micro_batch)
+                      for part in action.parts)
+        lowered.append(parts[0] if len(parts) == 1 else _Action(-1, OVERLAP_F_B, None, parts))
+    return lowered
