@@ -1,0 +1,165 @@
+"""What one GPU of a layout holds, in bytes: counted from shapes alone (report sections 3.2.3, 3.3.3).
+
+    weights       the copies that are multiplied; a GPU keeps those of its stages and of its share of the experts whole
+    gradients     FP32, added up over a step's micro-batches, whole as well
+    optimiser     FP32 master weights and Adam's moments, sharded: over dp, for experts over edp ("ZeRO-1")
+    activations   what a forward leaves for its backward, times the micro-batches in flight
+    buffers       what arrives from the neighbours in the pipeline, and one layer's rows on their way between experts
+
+Recomputation as in the report: outputs of RMSNorm, of the latents' up-projections and of SwiGLU are not kept. In FP8 the
+inputs of the experts and of SwiGLU are kept as codes in 1 x 128 tiles, the input of the linear after attention in 12
+bits (E5M6). Not counted: the CUDA context, NCCL's buffers, what fragmentation wastes, and the workspace of a layer that
+is being computed. The average of the weights (EMA) lies in CPU memory.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..config import ModelConfig
+from ..cost import TRAINING_BYTES, VALUE_BYTES, Weight
+from .layout import Layout, Piece, count
+from .schedule import Action, Overlapped
+
+MASTER = 4                          # bytes of an FP32 master weight
+SLOTS = 2                           # receive buffers of each kind: one arrives while another is read
+TILE = 128                          # values that share an FP32 scale
+BITS = {"fp32": {"wide": 32, "product": 32, "attention": 32, "exact": 32},
+        "bf16": {"wide": 16, "product": 16, "attention": 16, "exact": 32},
+        "fp8": {"wide": 16, "product": 8, "attention": 12, "exact": 32}}
+
+
+class Kept(NamedTuple):
+    """Rows that a layer keeps for each token until its backward: `rows` times `width` values."""
+
+    name: str
+    width: int
+    kind: str                       # "wide": BF16; "product": input of FP8 products; "attention": E5M6; "exact": FP32
+    rows: int = 1
+
+    def bytes(self, precision: str) -> int:
+        """Bytes a token. Quantised rows carry an FP32 scale for each tile."""
+        bits = BITS[precision][self.kind]
+        scales = -(-self.width // TILE) * 4 if bits < 16 else 0
+        return self.rows * (-(-self.width * bits // 8) + scales)
+
+
+def kept_by_layer(config: ModelConfig, moe: bool) -> list[Kept]:
+    """What one layer keeps: the places where recomputation starts, and what cannot be recomputed cheaply."""
+    d, heads, width = config.hidden_size, config.num_attention_heads, config.moe_intermediate_size
+    attention = [
+        Kept("input of the attention's norm", d, "wide"),
+        Kept("latents before their norms, with the rotary key",
+             config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim, "wide"),
+        Kept("output of attention", heads * config.v_head_dim, "attention"),
+        Kept("log-sum-exp of attention", heads, "exact"),
+        Kept("input of the FFN's norm", d, "wide"),
+    ]
+    if not moe:
+        return attention + [Kept("gate and up", config.intermediate_size, "product", rows=2)]
+    chosen, shared = config.num_experts_per_tok, config.n_shared_experts * width
+    return attention + [
+        Kept("affinities", config.n_routed_experts, "exact"),
+        Kept("rows that came to the experts", d, "product", rows=chosen),
+        Kept("gate and up of the experts", width, "product", rows=2 * chosen),
+        Kept("gate and up of the shared expert", shared, "product", rows=2 if shared else 0),
+    ]
+
+
+def kept_by_stage(config: ModelConfig, piece: Piece) -> list[Kept]:
+    """The same for all layers of a stage, with what the heads of main model and MTP modules keep."""
+    d = config.hidden_size
+    kept = [each for layer in piece.layers for each in kept_by_layer(config, config.is_moe(layer))]
+    if not piece.last:
+        return kept + [Kept("output, which torch's runtime holds to start the backward from", d, "wide")]
+    kept.append(Kept("input of the final norm", d, "wide"))
+    for _ in range(config.num_nextn_predict_layers):
+        kept += [Kept("input of the MTP module", d, "wide"), Kept("its embedded tokens", d, "wide"),
+                 *kept_by_layer(config, moe=True), Kept("input of its head's norm", d, "wide")]
+    return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU. `parameters` and `experts` (the routed ones among them) are values, biases included."""
+
+    parameters: int
+    experts: int
+    weights: int
+    gradients: int
+    optimiser: int                  # master weights and moments
+    activations: int
+    buffers: int
+    in_flight: int                  # chunks at the peak
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimiser + self.activations + self.buffers
+
+
+def memory(layout: Layout, rank: int, precision: str = "fp8") -> Memory:
+    """What a GPU of pipeline rank `rank` holds; of several data ranks, the first, whose shards are the largest.
+
+    Balanced routing: each GPU receives as many rows as it sends. Raises ValueError for an unknown precision or rank.
+    """
+    if precision not in BITS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(BITS)}")
+    if not 0 <= rank < layout.pp:
+        raise ValueError(f"there is no pipeline rank {rank}; ranks count from 0 to {layout.pp - 1}")
+    weights = layout.weights(rank)
+    learned = [weight for weight in weights if weight.part != "biases"]
+    each = TRAINING_BYTES[precision]
+    in_flight, activations = peak(layout.orders[rank], {
+        piece.stage: layout.sequence * sum(kept.bytes(precision) for kept in kept_by_stage(layout.config, piece))
+        for piece in layout.held(rank)})
+    return Memory(
+        parameters=count(weights), experts=count(weight for weight in weights if weight.part == "routed"),
+        weights=sum(weight_bytes(weight, precision) for weight in weights),
+        gradients=each.gradient * count(learned),
+        optimiser=(MASTER + each.moments) * sum(shard(layout, weight) for weight in learned),
+        activations=activations, buffers=buffers(layout, rank, precision), in_flight=in_flight)
+
+
+def weight_bytes(weight: Weight, precision: str) -> int:
+    """Bytes of all copies of a tensor as it is multiplied. Only what the report multiplies in FP8 is stored in FP8."""
+    kind = weight.storage if precision == "fp8" or weight.storage == "fp32" else precision
+    blocks = -(-weight.shape[0] // TILE) * -(-weight.shape[-1] // TILE) if kind == "fp8" else 0
+    return weight.copies * (weight.size * VALUE_BYTES[kind] + 4 * blocks)
+
+
+def shard(layout: Layout, weight: Weight) -> int:
+    """Values of the largest shard: FSDP cuts the first axis, for fused experts that of the experts."""
+    if weight.part == "routed":
+        return -(-weight.copies // layout.edp) * weight.size
+    rows = -(-weight.shape[0] // layout.dp)
+    return weight.copies * rows * (weight.size // weight.shape[0])
+
+
+def peak(order: list[Action | Overlapped], sizes: dict[int, int]) -> tuple[int, int]:
+    """The most chunks that a rank holds at once and the most bytes, if a chunk of stage s has sizes[s].
+
+    A chunk is held from its forward to the end of its backward for weights (what I frees is not counted); the forward
+    of an F&B block begins before its backward has freed anything.
+    """
+    held: list[int] = []
+    most = 0, 0
+    for action in order:
+        held += [part.stage for part in action.parts if part.kind == "F"]
+        most = max(most[0], len(held)), max(most[1], sum(sizes[stage] for stage in held))
+        for part in action.parts:
+            if part.kind in "BW":
+                held.remove(part.stage)
+    return most
+
+
+def buffers(layout: Layout, rank: int, precision: str) -> int:
+    """Receive buffers of the pipeline, and of one layer's exchange between experts in an F&B block.
+
+    A stage receives activations unless it is the first and gradients unless it is the last, [sequence, hidden] each;
+    SLOTS of each, besides those that are counted as inputs of chunks in flight (runtime.py).
+    The forward's combine brings rows in BF16; the backward's dispatch brings codes, its combine BF16.
+    """
+    d = layout.config.hidden_size
+    wide, code = (Kept("row", d, kind).bytes(precision) for kind in ("wide", "product"))
+    arriving = sum((not piece.first) + (not piece.last) for piece in layout.held(rank))
+    rows = layout.config.num_experts_per_tok * (layout.ep > 1)
+    return layout.sequence * (SLOTS * arriving * wide + rows * (2 * wide + code))
