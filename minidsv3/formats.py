@@ -143,12 +143,12 @@ def fake_quantize(x: Tensor, format: Format, tile: tuple[int | None, int | None]
                   pow2: bool = False) -> Tensor:
     """x [.., M, K] as it comes back from `format`: divided by a scale for each tile, rounded, multiplied again.
 
-    `tile` gives rows and columns that share a scale: (1, 128) for activations, (128, 1) for what is summed over tokens,
-    (128, 128) for weights; None is the whole axis, so (None, None) is one scale for all of a matrix. Computed in at
-    least FP32; returns x's shape and dtype.
+    `tile` gives rows and columns that share a scale: (1, 128) for activations, (128, 1) for what is summed over
+    tokens, (128, 128) for weights; None is the whole axis, so (None, None) is one scale for all of a matrix. Computed
+    in at least FP32; returns x's shape and dtype.
     """
     height, width = x.shape[-2:]
-    rows, columns = tile[0] or height, tile[1] or width
+    rows, columns = tile[0] or max(height, 1), tile[1] or max(width, 1)
     tiles = F.pad(wide(x), (0, -width % columns, 0, -height % rows))
     tiles = tiles.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))        # [.., tile, rows, tile, columns]
     scale = tile_scale(tiles.abs().amax((-3, -1), keepdim=True), format, pow2)

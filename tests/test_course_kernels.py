@@ -78,7 +78,7 @@ def test_a_buffer_holds_its_values_amid_other_memory(values, gap):
 def test_not_a_number_agrees_with_itself_and_with_no_right_answer():
     verdict = kernels.SCALE.judge(kernels.SCALE.wrong["no floor"][0], 0)
     assert verdict.sentence == kernels.SCALE.wrong["no floor"][1]
-    assert difference(kernels._without_nan(torch.tensor([float("nan")])), torch.tensor([0.0]), 1.0)
+    assert difference(kernels.without_nan(torch.tensor([float("nan")])), torch.tensor([0.0]), 1.0)
 
 
 def test_a_reader_s_own_kernel_is_judged():

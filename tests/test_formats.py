@@ -190,6 +190,8 @@ def test_one_scale_for_a_row_and_for_a_matrix():
     assert fake_quantize(x, E4M3, (None, None)).tolist() == [[440, 3.4375, 1.015625], [4480, 32.5, 10]]
     experts = torch.stack([x, 10 * x])
     assert torch.equal(fake_quantize(experts, E4M3, (None, None))[1], fake_quantize(10 * x, E4M3, (None, None)))
+    for empty in (x[:0], x[:, :0]):
+        assert all(fake_quantize(empty, E4M3, tile).shape == empty.shape for tile in ((1, 128), (128, 1), (None, 1)))
 
 
 @FORMATS

@@ -59,16 +59,16 @@ class Puzzle(Exercise):
         for case, arguments in self.cases(random.Random(f"{self.id} {seed}")).items():
             with np.errstate(all="ignore"):     # where a GPU is silent, the interpreter's numpy would warn
                 returned = function(*arguments)
-            results[case] = {"result": _without_nan(returned), "memory round the output":
+            results[case] = {"result": without_nan(returned), "memory round the output":
                              [memory_round(out) for out in arguments[-self.outputs:]]}
         return results
 
 
-def _without_nan(value):
+def without_nan(value):
     """NaN agrees with nothing, not even with the listed answer that has it too; infinity does."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-    return [_without_nan(part) for part in value] if isinstance(value, (tuple, list)) else value
+    return [without_nan(part) for part in value] if isinstance(value, (tuple, list)) else value
 
 
 def puzzle_text(task: str, shapes: str, grid: str, program: str, definition: str) -> str:
