@@ -4,6 +4,8 @@ No token is ever dropped. Tokens are sorted by expert, each expert multiplies it
 results return to their tokens with the router's weights. `Experts.loop` says the same one expert at a time.
 """
 
+from collections import UserList
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,12 +44,16 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x [N, hidden] -> `Routing`."""
-        c, wide = self.config, torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = linear(x.to(wide), self.weight.to(wide))
-            return route(logits, self.e_score_correction_bias, n_group=c.n_group, topk_group=c.topk_group,
+        c = self.config
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return route(self.logits(x), self.e_score_correction_bias, n_group=c.n_group, topk_group=c.topk_group,
                          top_k=c.num_experts_per_tok, normalise=c.norm_topk_prob,
                          scaling_factor=c.routed_scaling_factor)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """u . e_i of all experts, [N, experts], in at least FP32."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return linear(x.to(wide), self.weight.to(wide))
 
     def _apply(self, fn, recurse=True):
         """`model.to(bfloat16)` leaves the bias in FP32: steps of 0.001 would vanish beside a bias of 2."""
@@ -112,6 +118,11 @@ class Experts(Deferrable):
         return grouped_mm(rows, weight.to(rows.dtype).mT, ends)
 
 
+class Record(UserList[Routing]):
+    """The routings of a pass, by layer. No `list`: FSDP copies lists among a module's arguments, and what a layer
+    appends to the copy is lost."""
+
+
 class MoE(nn.Module):
     """Router, routed experts and the shared expert, which no gate weighs and no factor scales."""
 
@@ -128,5 +139,5 @@ class MoE(nn.Module):
         routing = self.gate(flat)
         if record is not None:
             record.append(routing)
-        out = self.experts(flat, routing).view_as(x)
+        out = self.experts(flat, routing).view(x.shape)
         return out if self.shared_experts is None else out + self.shared_experts(x)
