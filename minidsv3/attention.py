@@ -179,7 +179,7 @@ class MLA(nn.Module):
         `lengths` [B], cached tokens of each row with the new ones, says the same as `visible` to the kernel.
         """
         c = self.config
-        w_ukv = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
+        w_ukv = self.kv_b_proj.matrix().unflatten(0, (c.num_attention_heads, -1))
         w_uk, w_uv = w_ukv.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         query = torch.cat((contract("bthd,hdr->bthr", q_nope, w_uk), q_rope), -1)

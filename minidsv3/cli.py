@@ -56,7 +56,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="the run's folder  [default: runs/PRESET]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, whose settings stay")] = False,
     seed: Annotated[int | None, typer.Option(help="of weights and data  [default: 0]")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (autocast)  [default: fp32]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp8  [default: fp32]")] = None,
     save_every: Annotated[int | None, typer.Option(help="steps between checkpoints  [default: 100]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda  [default: cpu]")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE",

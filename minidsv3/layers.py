@@ -16,6 +16,10 @@ class Linear(Deferrable, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight) if self.store is None else DeferredLinear.apply(x, self.weight, self.store)
 
+    def matrix(self) -> Tensor:
+        """What multiplies, [out, in], for who takes the product in another order."""
+        return self.weight
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; see `kernels/rms_norm.py`."""

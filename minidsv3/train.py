@@ -34,10 +34,12 @@ from .cost import training_bytes
 from .data import (Batch, Corpus, MixedBatches, bits_per_byte, held_out_batches, read_corpus, train_tokenizer,
                    unigram_entropy)
 from .durable import fsync, replace_file
+from .fp8 import to_fp8
 from .model import Losses, Transformer
 from .optim import EMA, AdamW, Recipe, parameter_groups
 from .run_state import load_latest, random_state, save_state, saved_steps, set_random_state
 
+PRECISIONS = ("fp32", "bf16", "fp8")
 MOMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LOAD_EVERY = 10            # steps from one load histogram in the log to the next: they are most of its bytes
 
@@ -59,7 +61,7 @@ class TrainConfig:
     source: str | None = None          # of the corpus, as `read_corpus` takes it; None: Python's standard library
     seed: int = 0                      # of the weights and of the data's order
     fim_rate: float = 0.1
-    precision: str = "fp32"            # "bf16" computes under autocast; weights, gradients and routers stay fp32
+    precision: str = "fp32"            # "bf16": autocast; "fp8": also fp8.to_fp8. Weights, gradients, routers stay fp32
     moments: str = "bf16"              # of AdamW, as in the report's section 3.3.3, or "fp32"
     micro_batch: int = 8               # sequences that are in memory at once
     save_every: int = 100              # steps
@@ -67,7 +69,7 @@ class TrainConfig:
     device: str = "cpu"
 
     def __post_init__(self):
-        for name, choices in {"precision": ("fp32", "bf16"), "moments": tuple(MOMENTS)}.items():
+        for name, choices in {"precision": PRECISIONS, "moments": tuple(MOMENTS)}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(choices)}")
         for name in ("micro_batch", "save_every", "held_out_tokens"):
@@ -96,16 +98,28 @@ class Measured(NamedTuple):
     grad_norm: float       # before clipping
     load: Tensor
 
+    @classmethod
+    def of(cls, losses: Losses, grad_norm: Tensor) -> "Measured":
+        return cls(losses.main.item(), losses.mtp.item(), losses.balance.item(), grad_norm.item(), losses.load.cpu())
+
 
 def train_step(model: Transformer, optimizer: AdamW, recipe: Recipe, batch: Batch, seen: int,
                micro_batch: int | None = None, precision: str = "fp32") -> Measured:
     """One optimiser step on `batch` after `seen` tokens (section 4.2). Gradients are None before and after.
 
     Every micro-batch counts with its share of the batch, so that gradient, losses and load are the whole batch's.
-    Raises `Diverged` before anything is changed if the loss or the gradient's norm is not finite.
+    Raises `Diverged` as `update_weights` does.
     """
     losses = accumulate(model, recipe, batch, seen, micro_batch or len(batch.tokens), precision)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    update_weights(optimizer, recipe, seen, losses, grad_norm)
+    update_biases(model, losses.load, recipe.gamma(seen))
+    return Measured.of(losses, grad_norm)
+
+
+def update_weights(optimizer: AdamW, recipe: Recipe, seen: int, losses: Losses, grad_norm: Tensor) -> None:
+    """AdamW's step with the learning rate after `seen` tokens; forgets the gradients. Raises `Diverged`, before anything
+    is changed, if the loss or the gradient's norm is not finite."""
     if not (losses.total.isfinite() and grad_norm.isfinite()):
         optimizer.zero_grad()
         raise Diverged(f"loss {losses.total.item()}, norm of the gradient {grad_norm.item()}")
@@ -113,8 +127,6 @@ def train_step(model: Transformer, optimizer: AdamW, recipe: Recipe, batch: Batc
         group["lr"] = recipe.lr(seen)
     optimizer.step()
     optimizer.zero_grad()
-    update_biases(model, losses.load, recipe.gamma(seen))
-    return Measured(losses.main.item(), losses.mtp.item(), losses.balance.item(), grad_norm.item(), losses.load.cpu())
 
 
 def accumulate(model: Transformer, recipe: Recipe, batch: Batch, seen: int, micro_batch: int, precision: str) -> Losses:
@@ -133,8 +145,8 @@ def accumulate(model: Transformer, recipe: Recipe, batch: Batch, seen: int, micr
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Matrix products in BF16 where `precision` is "bf16"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Matrix products in BF16, but where `precision` is "fp32". What FP8 is for, the model itself computes in FP8."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
 
 
 @torch.no_grad()
@@ -161,18 +173,23 @@ class Run:
         torch.manual_seed(config.seed)
         recipe = config.recipe
         self.config, self.corpus, self.tokenizer = config, corpus, tokenizer
-        self.model = Transformer(config.model).to(config.device)
+        self.model = self.build_model()
         self.optimizer = AdamW(parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr(0), betas=recipe.betas,
                                eps=recipe.eps, moments=MOMENTS[config.moments])
         self.ema = EMA(self.model, recipe.ema_decay)
         self.data = MixedBatches(corpus.train, tokenizer, recipe.sequence_length, config.seed, config.fim_rate)
         self.step = self.tokens = 0
 
+    def build_model(self) -> nn.Module:
+        """The module whose parameters are trained."""
+        model = Transformer(self.config.model).to(self.config.device)
+        return to_fp8(model) if self.config.precision == "fp8" else model
+
     def advance(self) -> dict[str, Any]:
         """Takes one step; returns its line of the log."""
-        config, recipe, seen, began = self.config, self.config.recipe, self.tokens, time.perf_counter()
-        batch = self.data.next(recipe.batch_size(seen))
-        measured = train_step(self.model, self.optimizer, recipe, batch, seen, config.micro_batch, config.precision)
+        recipe, seen, began = self.config.recipe, self.tokens, time.perf_counter()
+        batch = self.data.next(self.sequences(seen))
+        measured = self.take_step(batch, seen)
         self.ema.update()
         self.step += 1
         self.tokens += batch.tokens[:, 1:].numel()
@@ -181,6 +198,14 @@ class Run:
                 "max_violation": max_violation(measured.load).tolist(), "seconds": time.perf_counter() - began}
         load = line.pop("load").int().tolist()
         return line | {"load": load} if self.step % LOAD_EVERY == 1 else line
+
+    def sequences(self, seen: int) -> int:
+        """How many sequences the batch after `seen` tokens has."""
+        return self.config.recipe.batch_size(seen)
+
+    def take_step(self, batch: Batch, seen: int) -> Measured:
+        config = self.config
+        return train_step(self.model, self.optimizer, config.recipe, batch, seen, config.micro_batch, config.precision)
 
     @property
     def finished(self) -> bool:

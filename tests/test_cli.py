@@ -184,7 +184,7 @@ def test_kill_9_and_resume_equal_the_uninterrupted_run(corpus, trained, tmp_path
     ("--corpus {tmp}/empty", "holds 0 different documents with text"),
     ("--corpus {tmp}/binary.txt", "binary.txt is not UTF-8 text"),
     ("--corpus {tmp}/records.jsonl", "records.jsonl:1 has no string under 'text'"),
-    ("--precision fp64", "precision is 'fp64'; it must be fp32 or bf16"),
+    ("--precision fp64", "precision is 'fp64'; it must be fp32 or bf16 or fp8"),
     ("--tokens 0", "total_tokens is 0"),
     ("--set vocab_size=100", "vocab_size is 100; it must hold all bytes and special tokens"),
     ("--set n_group=3", "n_group is 3; it must divide n_routed_experts, which is 16"),

@@ -406,7 +406,7 @@ def test_the_result_is_measured_on_held_out_text(whole_run):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (dict(precision="fp16"), "precision is 'fp16'; it must be fp32 or bf16"),
+    (dict(precision="fp16"), "precision is 'fp16'; it must be fp32 or bf16 or fp8"),
     (dict(moments="fp8"), "moments is 'fp8'; it must be bf16 or fp32"),
     (dict(micro_batch=0), "micro_batch is 0; it must be at least 1"),
     (dict(save_every=0), "save_every is 0; it must be at least 1"),
