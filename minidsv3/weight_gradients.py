@@ -42,6 +42,7 @@ class WeightGradStore:
         """Empties the store into one function that adds all its gradients; call it once."""
         taken, self._waiting = self._waiting, []
 
+        @torch.no_grad()      # x is part of a graph: dy^T x would be one more, and hold every activation in weight.grad
         def run() -> None:
             while taken:
                 weight, gradient = taken.pop(0)

@@ -1,5 +1,7 @@
 """Weight gradients that wait: the same sums as one backward pass, each computed once, and only when asked."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -34,6 +36,23 @@ def test_what_waited_is_what_one_pass_gives(dtype, tolerance):
     want, got = gradients(dtype, deferred=False), gradients(dtype, deferred=True)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=tolerance * want[name].abs().max().item())
+
+
+def test_gradients_hold_no_graph_and_no_activation():
+    model = tiny_model()
+    store = defer_weight_gradients(model)
+    slope = weakref.ref(backward_from_hidden(model))
+    store.take()()
+    assert slope() is None
+    assert not any(parameter.grad.requires_grad for parameter in model.parameters() if parameter.grad is not None)
+
+
+def backward_from_hidden(model) -> torch.Tensor:
+    """A backward pass from a slope of the hidden state; returns that slope, which the last layer's dW needs."""
+    hidden = model.hidden(text(0))
+    slope = torch.ones_like(hidden)
+    hidden.backward(slope)
+    return slope
 
 
 def test_every_matrix_waits():
