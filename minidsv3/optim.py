@@ -199,12 +199,17 @@ class AdamW(torch.optim.AdamW):
                     self._step_one(parameter, group)
         return loss
 
-    def _step_one(self, parameter: nn.Parameter, group: dict) -> None:
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """A parameter's `step` (a scalar) and its two moments; all are zeros before its first step."""
         state = self.state[parameter]
         if not state:
+            kind = torch.bfloat16 if self.moments == torch.bfloat16 else parameter.dtype
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments)
+            state |= {name: torch.zeros_like(parameter, dtype=kind) for name in MOMENTS}
+        return state
+
+    def _step_one(self, parameter: nn.Parameter, group: dict) -> None:
+        state = self.state_of(parameter)
         mean, square = (state[name].to(parameter.dtype) for name in MOMENTS)
         beta1, beta2 = group["betas"]
         adamw([parameter], [parameter.grad], [mean], [square], [], [state["step"]], fused=True, amsgrad=False,
