@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from . import dualpipe, fp8, kernels, mla, mtp, overview, router
+from . import dualpipe, experts, fp8, kernels, mla, mtp, overview, router
 from .exercise import Exercise, Mutants
 
-CHAPTERS = (overview, mla, router, mtp, fp8, kernels, dualpipe)
+CHAPTERS = (overview, mla, router, mtp, fp8, kernels, experts, dualpipe)
 EXERCISES = {task.id: task for chapter in CHAPTERS for task in chapter.EXERCISES}
 QUESTIONS = {name: question for chapter in CHAPTERS for name, question in chapter.QUESTIONS.items()}
 
