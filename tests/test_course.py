@@ -76,6 +76,8 @@ def near(value):
         return [near(part) for part in value]
     if isinstance(value, dict):
         return {key: near(part) for key, part in value.items()}
+    if isinstance(value, str):
+        return value + "0"
     if isinstance(value, torch.Tensor) and not value.is_floating_point():
         return value.long() + 1
     return value * 1.01 + 0.013

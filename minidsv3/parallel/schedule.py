@@ -192,8 +192,8 @@ def _eight_steps(h: int, n: int, micro_batches: int, own: Seat, other: Seat) -> 
         order.add_weights()
         order.add(("F", other))
     for turn in range(micro_batches - 2 * n + h + 1):   # 4 the main part: blocks only
-        if turn == 0 and inner == 0:              # in the middle the first two chunks come one after the other:
-            order.add(("F", own), ("B", other))   # waiting for both would lengthen the bubble
+        if turn == 0 and inner == 0:              # in the middle the first B comes late if I > F, and this F need
+            order.add(("F", own), ("B", other))   #   not wait for it
         else:
             order.overlap(own, other)
         order.overlap(other, own)

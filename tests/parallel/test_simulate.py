@@ -113,6 +113,31 @@ def test_zb1p_with_longer_w_idles_as_long_as_a_forward_a_rank():
         assert ranks == 1 or bubble("ZB1P", ranks, *times) < (ranks - 1) * forward
 
 
+def apart(orders):
+    """The same orders with each block as a forward and then a backward."""
+    return [[part for action in order for part in action.parts] for order in orders]
+
+
+def test_blocks_lengthen_the_bubble_and_hide_the_exchange():
+    """A block hands its forward over at its end. Taken apart, DualPipe idles half as long as ZB1P a rank."""
+    assert simulate(apart(dualpipe(8, 20))).makespan == 63
+    assert simulate(apart(dualpipe(8, 20)), communication=1).makespan == 109
+    for ranks, micro_batches, forward, _, weights in draws("DualPipe"):
+        times = forward, forward, min(weights, forward)
+        law = (ranks / 2 - 1) * (2 * forward - times[2])
+        assert simulate(apart(dualpipe(ranks, micro_batches)), *times).idle == near([law] * ranks)
+
+
+def test_the_middle_s_first_pair_apart_pays_if_i_is_longer_than_f():
+    """Joined into a block it costs time for I > F, and none for F = I."""
+    orders = dualpipe(8, 20)
+    for rank in (3, 4):
+        at = next(i for i, action in enumerate(orders[rank]) if str(action)[0] == "B")
+        orders[rank][at - 1:at + 1] = [Overlapped(*orders[rank][at - 1:at + 1])]
+    assert simulate(orders, 1, 2, 1).makespan > simulate(dualpipe(8, 20), 1, 2, 1).makespan
+    assert simulate(orders).makespan == 66
+
+
 @pytest.mark.parametrize("durations, simulated, formula", [
     ((0.5, 1, 1), 4.0, 4.5), ((1, 1.3, 0.7), 7.8, 8.7), ((1.25, 1, 1), 7.5, 6.75), ((2, 1, 1), 12, 9)])
 def test_unequal_f_and_i_break_the_formula_in_both_directions(durations, simulated, formula):
