@@ -17,7 +17,7 @@ of all ep ranks when it is reduced over edp; averages would divide it by edp and
 experts ep times too large. So each rank weighs its loss with its share of the whole batch, as `train.accumulate` does.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ..block import Block
 from ..moe import Experts
 from .dispatch import Hop, flat_hops, two_hops
-from .experts import ParallelExperts, spread_experts
+from .experts import spread_experts
 
 
 # ---- the mesh ---------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def shard(model: nn.Module, mesh: Mesh) -> nn.Module:
     shared = shared_parameters(model) | done
     for block in [part for part in model.modules() if isinstance(part, Block)]:
         for experts in [part for part in block.modules() if isinstance(part, Experts)]:
-            fully_shard(experts, mesh=mesh.edp, reshard_after_forward=False)
+            shard_experts(experts, mesh)
         fully_shard(block, mesh=mesh.dp, reshard_after_forward=False,
                     ignored_params=shared & set(block.parameters()))
     fully_shard(model, mesh=mesh.dp, reshard_after_forward=False, ignored_params=done)
@@ -124,6 +124,16 @@ def shard(model: nn.Module, mesh: Mesh) -> nn.Module:
             part.set_force_sum_reduction_for_comms(True)     # gloo cannot multiply while it reduces
             part.set_gradient_divide_factor(1)
     return model
+
+
+def shard_experts(experts: Experts, mesh: Mesh) -> None:
+    """Cuts every expert's matrices by rows: edp may be larger than the number of experts here, and ep has cut by experts
+    already."""
+    for name, weight in experts.named_parameters():
+        if weight.shape[1] % mesh.edp.size():
+            raise ValueError(f"{name} has {weight.shape[1]} rows an expert, and edp = dp / ep is {mesh.edp.size()}; "
+                             "experts are cut by rows, so edp must divide that")
+    fully_shard(experts, mesh=mesh.edp, reshard_after_forward=False, shard_placement_fn=lambda weight: Shard(1))
 
 
 def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -169,29 +179,32 @@ def whole_load(load: Tensor, mesh: Mesh) -> Tensor:
 
 # ---- state ------------------------------------------------------------------------------------------------------
 
-def whole_state(model: nn.Module, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-    """`state_dict()` as one process would have it, tensor by tensor, on every rank of dp; all of them must ask."""
-    spread = spread_names(model)
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if name in spread:
-            whole = DTensor.from_local(whole, mesh.ep, [Shard(0)], run_check=False).full_tensor()
-        yield name, whole
+def in_the_whole(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """A parameter, or an average or moment of one, as a DTensor of the whole model's shape, without a copy.
+
+    An expert weight's own DTensor spans only edp and knows nothing of the other ranks' experts. Whatever is saved,
+    gathered or filled goes through here first.
+    """
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.mesh_dim_names != mesh.edp.mesh_dim_names:
+        return tensor
+    axes = mesh.whole["edp", "node", "gpu"]
+    return DTensor.from_local(tensor.to_local(), axes, [Shard(1), Shard(0), Shard(0)], run_check=False)
 
 
 @torch.no_grad()
-def load_whole_state(model: nn.Module, state: dict[str, Tensor], mesh: Mesh) -> None:
-    """The inverse of `whole_state`: every rank takes its own part of `state`."""
-    spread, ep = spread_names(model), mesh.ep
+def whole_state(model: nn.Module, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+    """`state_dict()` as one process would have it, tensor by tensor, on every rank of dp; all of them must ask."""
     for name, tensor in model.state_dict().items():
-        whole = state[name].chunk(ep.size())[ep.get_local_rank()] if name in spread else state[name]
-        if isinstance(tensor, DTensor):
-            whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.copy_(whole)
+        part = in_the_whole(tensor, mesh)
+        yield name, part.full_tensor() if isinstance(part, DTensor) else part
 
 
-def spread_names(model: nn.Module) -> set[str]:
-    """Names of the weights of which each rank of ep has a part."""
-    return {f"{name}.{weight}" for name, part in model.named_modules() if isinstance(part, ParallelExperts)
-            for weight, _ in part.named_parameters()}
-
+@torch.no_grad()
+def load_whole_state(model: nn.Module, state: Mapping[str, Tensor], mesh: Mesh) -> None:
+    """The inverse of `whole_state`: every rank takes its own part of `state`, which may hold other names too."""
+    for name, tensor in model.state_dict().items():
+        part, whole = in_the_whole(tensor, mesh), state[name]
+        if isinstance(part, DTensor):
+            whole = distribute_tensor(whole, part.device_mesh, part.placements, src_data_rank=None).to_local()
+            part = part.to_local()
+        part.copy_(whole)
