@@ -144,6 +144,25 @@ def _does(part: Action) -> str:
     return "IW" if part.kind == "B" else part.kind
 
 
+def longest_path(orders: Orders, timeline: Timeline) -> list[tuple[int, Span]]:
+    """Why the step is as long as it is: (rank, span)s from time 0 to the end, each starting when the one before ends.
+
+    `timeline` is that of `orders`. What is on the path and not among a rank's own actions is that rank's bubble.
+    """
+    before, after = _neighbours(orders)
+    made = {(kind, _chunk(part)): (rank, index) for rank, spans in enumerate(timeline.spans)
+            for index, span in enumerate(spans) for part in span.action.parts for kind in _does(part)}
+    rank, index = max(((rank, len(spans) - 1) for rank, spans in enumerate(timeline.spans)),
+                      key=lambda place: timeline.spans[place[0]][place[1]].end)
+    path = [(rank, timeline.spans[rank][index])]
+    while path[-1][1].start > 0:
+        earlier = [(rank, index - 1)] if index else []
+        earlier += [made[need] for part in path[-1][1].action.parts for need in _needs(part, before, after)]
+        rank, index = max(earlier, key=lambda place: timeline.spans[place[0]][place[1]].end)
+        path.append((rank, timeline.spans[rank][index]))
+    return path[::-1]
+
+
 def _most_in_flight(order: list[Action | Overlapped]) -> int:
     """A block's forward begins before its backward has freed anything."""
     most = held = 0

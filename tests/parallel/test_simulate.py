@@ -1,12 +1,13 @@
 """The simulator gives the published totals; the formulas hold exactly where `bubble` says, and nowhere else."""
 
 import random
+from collections import Counter
 
 import pytest
 
 from minidsv3.parallel import simulate as module
 from minidsv3.parallel.schedule import Action, Overlapped, dualpipe, dualpipev, one_f_one_b, zb1p
-from minidsv3.parallel.simulate import bubble, simulate
+from minidsv3.parallel.simulate import bubble, longest_path, simulate
 
 ALL = (one_f_one_b, zb1p, dualpipe, dualpipev)
 
@@ -201,6 +202,23 @@ def test_a_forgotten_dependency_is_seen(monkeypatch, make, forgotten):
     monkeypatch.setattr(module, "_needs", lambda part, *places: [
         need for need in true(part, *places) if need[0] != forgotten or part.kind == "W"])
     assert broken(make(4, 10), (1, 1.5, 0.5), None, 0)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_the_longest_path_is_the_makespan(make):
+    for options in ({}, {"forward": 1.25, "communication": 0.5}, {"backward_weight": 0.5, "overlapped": 2.125}):
+        orders = make(4, 12)
+        timeline = simulate(orders, **options)
+        path = [span for _, span in longest_path(orders, timeline)]
+        assert path[0].start == 0 and path[-1].end == timeline.makespan
+        assert all(one.end == other.start for one, other in zip(path, path[1:]))
+        assert all(span in timeline.spans[rank] for rank, span in longest_path(orders, timeline))
+
+
+def test_1f1b_s_longest_path_is_p_minus_1_more_of_both():
+    orders = one_f_one_b(5, 9)
+    path = longest_path(orders, simulate(orders, 1, 2, 1))
+    assert Counter(span.action.kind for _, span in path) == {"F": 9 + 4, "B": 9 + 4}
 
 
 def test_lengths_of_actions():
