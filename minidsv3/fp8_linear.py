@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .fp8_products import Operand, Products
 from .kernels import rms_norm
@@ -48,6 +49,14 @@ class WeightCodes:
         if self._of != state:
             self._of, self._operands = state, self.products.weight(weight)
         return self._operands
+
+
+def count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Counts an optimiser's step as a change: torch's fused kernels write to weights and leave their versions alone."""
+    torch.autograd.graph.increment_version([weight for group in optimizer.param_groups for weight in group["params"]])
+
+
+register_optimizer_step_post_hook(count_step)
 
 
 def linears(x: Tensor | Normed, *matrices: FP8Linear) -> tuple[Tensor, ...]:
