@@ -96,6 +96,8 @@ def quantize(x: Tensor, format: Format, shared: tuple[int | None, int | None], p
 
 def unpromoted(a: Operand, b: Operand) -> Tensor:
     """a b^T, added up as tensor cores do and scaled once at the end: every row has one scale."""
+    if not a.codes.shape[1]:        # an expert without tokens
+        return a.scales.new_zeros(len(a.codes), len(b.codes))
     a_scales, b_scales = a.scales[0], b.scales[0]
     if a.codes.device.type == "cpu":
         product = accumulate(a.codes.float(), b.codes.float(), promote_every=None)
