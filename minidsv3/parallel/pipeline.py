@@ -3,12 +3,12 @@
     pipeline = Pipeline(config, "dualpipe", state)            # on every rank; state of a whole Transformer
     losses = pipeline.step(tokens, documents, mtp_weight=0.3, balance_weight=1e-4)
     norm = pipeline.clip(1.0)
-    optimizer.step()                                          # over pipeline.parameters()
+    optimizer.step()                                          # over pipeline.weights()
     pipeline.update_biases(losses.load, gamma=1e-3)
 
 gives losses, gradients, norm and biases of one process that computes the whole batch. What makes it so:
 
-- Each micro-batch's loss is weighed with 1 / M and gradients are added, never scaled.
+- Each micro-batch's loss is weighed with its share of the batch, and gradients are added, never scaled.
 - Each backward pass computes input gradients; weight gradients wait in a store of the stage's
   (`weight_gradients.py`) until the order says W, or follow at once where it says B.
 - With DualPipe each stage is on two ranks, one for each direction. Half of the micro-batches go each way, tokens
@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.pipelining.schedules import (PipelineScheduleMulti, Schedule1F1B, ScheduleDualPipeV,
-                                                    ScheduleZBVZeroBubble)
+from torch.distributed.pipelining.schedules import (ScheduleDualPipeV, ScheduleZBVZeroBubble,
+                                                    _PipelineScheduleRuntime)
 from torch.distributed.tensor import DTensor
 
 from ..balance import update_biases
@@ -33,11 +33,12 @@ from ..config import ModelConfig
 from ..model import Losses
 from ..weight_gradients import WeightGradStore, defer_weight_gradients
 from .runtime import Chains, Link, Place, ScheduleOrders
-from .schedule import dualpipe, zb1p
+from .schedule import dualpipe, one_f_one_b, zb1p
 from .stage import Objective, Stage, split
 
-FOLDED = ("zbv", "dualpipev")                   # one chain of 2 P stages; the others have P
-SCHEDULES = ("1f1b", "zb1p", *FOLDED, "dualpipe")
+ORDERS = {"1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe}                    # P stages, from schedule.py
+FOLDED = {"zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}               # 2 P stages, from torch
+SCHEDULES = (*ORDERS, *FOLDED)
 
 
 def chains(schedule: str, ranks: int) -> Chains:
@@ -94,27 +95,29 @@ class Pipeline:
     `state` is a whole Transformer's state dict, from which each rank takes its part; without one the weights have no
     useful values. `micro_batch` counts sequences. `precision` is as in `TrainConfig`.
     `group` has the pipeline's ranks in order (None: all ranks). `data` has the ranks that hold the same stages and
-    train on other sequences (None: nobody else): losses are their mean and loads their sum, while gradients are the
-    affair of `wrap`, which may shard a stage or share out its experts before torch sees it.
+    train on other sequences of the same batch (None: nobody else). Then `wrap`, which changes a stage before torch
+    sees it, must shard it over them, and sum gradients: see `mesh.parallelise`.
     Raises ValueError for an unknown schedule, more stages than layers, and a state of another model.
     """
 
     def __init__(self, config: ModelConfig, schedule: str, state: Mapping[str, Tensor] | None = None,
                  micro_batch: int = 1, precision: str = "fp32", device: torch.device | str = "cpu",
                  group: ProcessGroup | None = None, data: ProcessGroup | None = None,
-                 wrap: Callable[[Stage], Stage] = lambda stage: stage):
+                 wrap: Callable[[Stage], object] = lambda stage: None):
         self.config, self.schedule, self.micro_batch = config, schedule, micro_batch
         self.device, self.group, self.data = torch.device(device), group, data
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.replicas = 1 if data is None else dist.get_world_size(data)
         self.places = places(schedule, self.ranks, self.rank)
         self.copied = copied_weights(config, schedule, self.ranks)
         with self.device:
-            stages = build_stages(config, schedule, self.ranks, self.rank, precision)
-        for stage in stages if state is not None else ():
+            self.stages = build_stages(config, schedule, self.ranks, self.rank, precision)
+        for stage in self.stages if state is not None else ():
             stage.load_whole(state)
-        self.stages = [wrap(stage) for stage in stages]
+        for stage in sorted(self.stages, key=lambda stage: stage.layers.start):   # a shared embedding is the first's
+            wrap(stage)
         self.stores = [defer_weight_gradients(stage) for stage in self.stages]
-        self._runs: dict[tuple[int, int], Schedule1F1B | PipelineScheduleMulti] = {}
+        self._built: dict[tuple[int, int], _PipelineScheduleRuntime] = {}
 
     def weights(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by name, each once."""
@@ -131,18 +134,22 @@ class Pipeline:
              balance_weight: float = 0.0) -> Losses:
         """Adds the gradient of the batch's loss to the parameters; returns its losses, without graph, on every rank.
 
-        tokens and `documents` [B, T + 1] int64 as in `Transformer.loss`, the same on all ranks of the pipeline.
+        tokens and `documents` [B, T + 1] int64 as in `Transformer.loss`: this pipeline's part of the batch, the same on
+        all its ranks.
         Raises ValueError if B is no multiple of `micro_batch`, or the schedule cannot run that many micro-batches.
         """
         micro_batches, rest = divmod(len(tokens), self.micro_batch)
         if rest or not micro_batches:
             raise ValueError(f"a batch of {len(tokens)} sequences cannot be cut into micro-batches of "
                              f"{self.micro_batch}; it must be a multiple of that")
-        objective = Objective(mtp_weight, balance_weight, 1 / micro_batches)
+        objective = Objective(mtp_weight, balance_weight, 1 / (micro_batches * self.replicas))
         for stage in self.stages:
             stage.begin_step(objective)
         arguments, keywords = self._feed(tokens.to(self.device), documents)
-        self._run(micro_batches, tokens.shape[1]).step(*arguments, return_outputs=False, **keywords)
+        schedule = self._schedule(micro_batches, tokens.shape[1] - 1)
+        schedule.step(*arguments, return_outputs=False, **keywords)
+        for link in schedule._stages:
+            link.wait_for_messages()
         self._sum_copies()
         return self._gather(objective)
 
@@ -164,27 +171,20 @@ class Pipeline:
             return sequences
         return sequences.chunk(2)[place.direction == "b"]
 
-    def _run(self, micro_batches: int, length: int) -> Schedule1F1B | PipelineScheduleMulti:
+    def _schedule(self, micro_batches: int, length: int) -> _PipelineScheduleRuntime:
         """torch's object that runs a batch; made anew when the batch's shape changes."""
-        if (micro_batches, length) not in self._runs:
-            self._runs = {(micro_batches, length): self._build(micro_batches, length - 1)}
-        return self._runs[micro_batches, length]
+        if (micro_batches, length) not in self._built:
+            self._built = {(micro_batches, length): self._build(micro_batches, length)}
+        return self._built[micro_batches, length]
 
-    def _build(self, micro_batches: int, length: int) -> Schedule1F1B | PipelineScheduleMulti:
+    def _build(self, micro_batches: int, length: int) -> _PipelineScheduleRuntime:
         form = chains(self.schedule, self.ranks)
         links = [Link(stage, place, form, self.micro_batch, length, self.device, self.group, store.take)
                  for stage, place, store in zip(self.stages, self.places, self.stores)]
-        match self.schedule:
-            case "1f1b":
-                return Schedule1F1B(links[0], micro_batches, computed, scale_grads=False)
-            case "zb1p":
-                return ScheduleOrders(links, form, micro_batches, computed, zb1p(self.ranks, micro_batches))
-            case "zbv":
-                return ScheduleZBVZeroBubble(links, micro_batches, computed, scale_grads=False)
-            case "dualpipev":
-                return ScheduleDualPipeV(links, micro_batches, computed, scale_grads=False)
-            case "dualpipe":
-                return ScheduleOrders(links, form, micro_batches // 2, computed, dualpipe(self.ranks, micro_batches))
+        if self.schedule in ORDERS:
+            orders = ORDERS[self.schedule](self.ranks, micro_batches)
+            return ScheduleOrders(links, form, micro_batches // form.count, computed, orders)
+        return FOLDED[self.schedule](links, micro_batches, computed, scale_grads=False)
 
     def _sum_copies(self) -> None:
         """Each weight that two ranks hold gets the sum of both gradients, so that both copies stay equal."""
@@ -194,9 +194,9 @@ class Pipeline:
                 parameter.grad = torch.zeros_like(parameter)      # MTP's copy in a step without MTP
             if name in self.copied and parameter.grad is not None:
                 mine = local(parameter.grad)
-                theirs = torch.empty_like(mine)
+                theirs = torch.empty_like(mine, memory_format=torch.contiguous_format)
                 for work in dist.batch_isend_irecv([
-                        dist.P2POp(dist.isend, mine, group=self.group, group_peer=partner),
+                        dist.P2POp(dist.isend, mine.contiguous(), group=self.group, group_peer=partner),
                         dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=partner)]):
                     work.wait()
                 mine += theirs
@@ -210,10 +210,8 @@ class Pipeline:
             sums += stage.sums
             load[stage.load_rows] += stage.load
         for values in (sums, load):
-            dist.all_reduce(values, group=self.group)
-            if self.data is not None:
-                dist.all_reduce(values, group=self.data)
-        main, mtp, balance = sums / (1 if self.data is None else dist.get_world_size(self.data))
+            self._add_up(values)
+        main, mtp, balance = sums
         total = main + objective.mtp_weight * mtp + objective.balance_weight * balance
         return Losses(total, main, mtp, balance, load)
 
@@ -225,13 +223,19 @@ class Pipeline:
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for parameter in self.own_weights().values():
             if parameter.grad is not None:
-                squares += whole(torch.linalg.vector_norm(parameter.grad)).double() ** 2
-        dist.all_reduce(squares, group=self.group)
+                squares += torch.linalg.vector_norm(local(parameter.grad)).double() ** 2
+        self._add_up(squares)
         norm = squares.sqrt()
         for parameter in self.weights().values():
             if parameter.grad is not None:
-                parameter.grad *= (max_norm / (norm + 1e-6)).clamp(max=1.0).to(parameter.grad.dtype)
+                local(parameter.grad).mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(parameter.grad.dtype))
         return norm
+
+    def _add_up(self, values: Tensor) -> None:
+        """Replaces values by their sum over all ranks, of the pipeline and of its replicas."""
+        dist.all_reduce(values, group=self.group)
+        if self.data is not None:
+            dist.all_reduce(values, group=self.data)
 
     def update_biases(self, load: Tensor, gamma: float) -> None:
         """Moves the biases of this rank's routers (see `balance.update_biases`); `load` is that of `Losses`."""
@@ -240,15 +244,10 @@ class Pipeline:
 
 
 def computed(loss: Tensor, labels: Tensor) -> Tensor:
-    """The loss, for torch: the last stage has computed it, so that whatever wraps the stage sees all its weights used."""
+    """The loss, for torch: the last stage has computed it, so that whatever shards a stage sees all its weights used."""
     return loss
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor; other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The value of a sharded tensor; other tensors as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""What torch's pipeline runtime lacks for us: two chains of stages through the same ranks, and few receive buffers.
+"""What torch's pipeline runtime lacks for us: two chains of stages through the same ranks, and messages that are freed.
 
 torch.distributed.pipelining runs one chain of stages in any order of F, I, W, B and F&B. Bidirectional DualPipe is two
 chains over the same ranks, in opposite directions. Numbered like this they are two chains for torch as well, because
@@ -9,11 +9,12 @@ stages send to the stages numbered one more or one less, and nobody is number P:
     direction b     2P     2P-1  ..    P+1        tokens enter at rank P-1
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.distributed import P2POp, ProcessGroup
+from torch.distributed import P2POp, ProcessGroup, Work, isend
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD,
                                                     OVERLAP_F_B, RECV_B, RECV_F, _Action, _add_reduce_grad,
@@ -52,14 +53,17 @@ class Link(PipelineStage):
 
     Shapes of what comes in and goes out are given, for `micro_batch` sequences of `length` tokens. Else torch would
     run the stage once to learn them, and tokens that nobody sent would be counted.
-    torch makes a receive buffer for every micro-batch of a step and keeps them all: at full size 28 GB with DualPipeV
-    and 120 micro-batches. Here a buffer lives from its receive to the backward pass that reads it last, so that there
-    are as many as micro-batches in flight.
+
+    torch makes a receive buffer for every micro-batch and keeps it for good, and keeps what it sends until the step
+    ends: at full size 28 GB each, with DualPipeV and 120 micro-batches. Here a buffer lives from its receive to the
+    backward pass that reads it last, so that there are as many as micro-batches in flight, and no more than
+    `chains.length` messages are on their way from a stage: the next one waits for the oldest, which has long arrived.
     """
 
     def __init__(self, stage: Stage, place: Place, chains: Chains, micro_batch: int, length: int, device: torch.device,
                  group: ProcessGroup | None, dw_builder: Callable[[], Callable[[], None]]):
         self.position, self.chain_length = place.position, chains.length
+        self._sent: deque[Work] = deque()
         tokens = torch.empty(micro_batch, length + 1, dtype=torch.int64, device="meta")
         hidden = torch.empty(micro_batch, length, stage.config.hidden_size, dtype=next(stage.parameters()).dtype,
                              device="meta", requires_grad=True)
@@ -88,6 +92,24 @@ class Link(PipelineStage):
             return prepare(*args, **kwargs)
         finally:
             self.device = device
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[P2POp]:
+        return self._send(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[P2POp]:
+        return self._send(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _send(self, messages: list[P2POp]) -> list[P2POp]:
+        """Sends; leaves nothing to do for torch, which would keep what is sent."""
+        for message in messages:
+            self._sent.append(isend(message.tensor, group=message.group, group_dst=message.group_peer))
+        self.wait_for_messages(self.chain_length)
+        return []
+
+    def wait_for_messages(self, on_their_way: int = 0) -> None:
+        """Waits until at most so many messages have not arrived."""
+        while len(self._sent) > on_their_way:
+            self._sent.popleft().wait()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[P2POp]:
         self._move_buffers(self.args_recv_info[fwd_chunk_id], self.device)

@@ -22,6 +22,7 @@ from ..config import ModelConfig
 from ..kernels import Routing
 from ..layers import Linear, RMSNorm
 from ..model import Transformer
+from ..moe import Record
 from ..mtp import MTPModule
 
 
@@ -114,7 +115,7 @@ class Stage(Transformer):
             return self._forward(x, labels, documents)
 
     def _forward(self, x: Tensor, labels: Tensor | None, documents: Tensor | None) -> Tensor:
-        record: list[Routing] = []
+        record = Record()
         batch, (mtp_weight, balance_weight, share) = len(x), self.objective
         if self.first:
             self._check(x[:, :-1])
