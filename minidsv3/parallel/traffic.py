@@ -1,4 +1,4 @@
-"""How many rows cross which wires when tokens visit their experts, and the time that takes (report sections 2.1.2, 3.2).
+"""Rows that cross each kind of wire when tokens visit their experts, and the time they take (report 2.1.2 and 3.2).
 
 A cluster has two kinds of wires: between nodes (InfiniBand, one port for each GPU) and inside a node (NVLink, 3.2 times
 as fast on the H800). A token's vector is a row. Three ways to send it:

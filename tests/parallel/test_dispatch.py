@@ -19,8 +19,8 @@ from minidsv3.parallel import dispatch as dispatching
 from minidsv3.parallel import experts as parallel_experts
 from minidsv3.parallel.dispatch import Hop, Tokens, dispatch, flat_hops, two_hops
 from minidsv3.parallel.experts import ParallelExperts
+from minidsv3.parallel.processes import run
 from minidsv3.weight_gradients import defer_weight_gradients
-from processes import run
 from tiny import tiny_config
 
 EXPERTS, CHOSEN = 16, 4

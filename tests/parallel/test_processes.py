@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from processes import RankFailed, run
+from minidsv3.parallel.processes import RankFailed, run
 
 
 def total(x: int) -> tuple[torch.Tensor, int, int]:
