@@ -132,16 +132,20 @@ class Pipeline:
 
     def step(self, tokens: Tensor, documents: Tensor | None = None, mtp_weight: float = 0.0,
              balance_weight: float = 0.0) -> Losses:
-        """Adds the gradient of the batch's loss to the parameters; returns its losses, without graph, on every rank.
+        """Gives the parameters the gradient of the batch's loss; returns its losses, without graph, on every rank.
 
         tokens and `documents` [B, T + 1] int64 as in `Transformer.loss`: this pipeline's part of the batch, the same on
         all its ranks.
-        Raises ValueError if B is no multiple of `micro_batch`, or the schedule cannot run that many micro-batches.
+        Raises ValueError if B is no multiple of `micro_batch`, if the schedule cannot run that many micro-batches, and
+        if there are gradients already: those of copies would be summed twice.
         """
         micro_batches, rest = divmod(len(tokens), self.micro_batch)
         if rest or not micro_batches:
             raise ValueError(f"a batch of {len(tokens)} sequences cannot be cut into micro-batches of "
                              f"{self.micro_batch}; it must be a multiple of that")
+        if any(parameter.grad is not None for parameter in self.weights().values()):
+            raise ValueError("the parameters have gradients of an earlier step; set them to None first, as "
+                             "optimizer.zero_grad() does")
         objective = Objective(mtp_weight, balance_weight, 1 / (micro_batches * self.replicas))
         for stage in self.stages:
             stage.begin_step(objective)
@@ -244,7 +248,7 @@ class Pipeline:
 
 
 def computed(loss: Tensor, labels: Tensor) -> Tensor:
-    """The loss, for torch: the last stage has computed it, so that whatever shards a stage sees all its weights used."""
+    """The loss, for torch: the last stage has computed it, so that a sharded stage has used all its weights."""
     return loss
 
 
