@@ -34,7 +34,9 @@ def report_to_course() -> str:
 def source_of(code: str) -> str:
     """The file of a dotted name under minidsv3; a kernel's is named, or has the operation's name."""
     module, name, *_ = code.split(".")
-    return f"kernels/{name.removesuffix('_reference')}.py" if module == "kernels" else f"minidsv3/{module}.py"
+    if module == "kernels":
+        return f"kernels/{name.removesuffix('_reference')}.py"
+    return f"minidsv3/parallel/{name}.py" if module == "parallel" else f"minidsv3/{module}.py"
 
 
 def link(path: str, text: str) -> str:
