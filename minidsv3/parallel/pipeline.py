@@ -39,6 +39,7 @@ from .stage import Objective, Stage, split
 ORDERS = {"1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe}                    # P stages, from schedule.py
 FOLDED = {"zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}               # 2 P stages, from torch
 SCHEDULES = (*ORDERS, *FOLDED)
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def chains(schedule: str, ranks: int) -> Chains:
@@ -68,12 +69,8 @@ def build_stages(config: ModelConfig, schedule: str, ranks: int, rank: int, prec
 
 
 def named_weights(stages: list[Stage]) -> dict[str, nn.Parameter]:
-    """Parameters by name, MTP's copy of the embedding under the embedding's own name."""
-    return {EMBEDDING if name.endswith("embed_tokens.weight") else name: parameter
-            for stage in stages for name, parameter in stage.named_parameters()}
-
-
-EMBEDDING = "model.embed_tokens.weight"
+    """Parameters by name, each once."""
+    return {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
 
 
 def copied_weights(config: ModelConfig, schedule: str, ranks: int) -> dict[str, tuple[int, int]]:

@@ -51,9 +51,9 @@ class Objective(NamedTuple):
 class Stage(Transformer):
     """Some of a Transformer's layers, under the same names: the stages' state dicts together are the whole model's.
 
-    `layers` is one of the ranges of `split`. MTP modules read the embedding: the last stage takes `embedding`, the
-    first stage's own one, if a rank holds both ("physical sharing", section 3.2.3), else it has a copy, and both
-    copies need the sum of their gradients (`pipeline.py`).
+    `layers` is one of the ranges of `split`. MTP modules read the embedding, so the last stage has it too: `embedding`,
+    the first stage's own one, if a rank holds both ("physical sharing", section 3.2.3), else a copy; then both copies
+    need the sum of their gradients (`pipeline.py`).
     Weights have no useful values before `load_whole`.
     """
 
@@ -64,14 +64,13 @@ class Stage(Transformer):
         self.first, self.last = layers.start == 0, layers.stop == config.num_hidden_layers
         blocks: dict[str, nn.Module] = {str(layer): Block(config, layer) for layer in layers}
         ends: dict[str, nn.Module] = {}
-        if self.first:
-            ends["embed_tokens"] = embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        if self.first or self._ahead:
+            ends["embed_tokens"] = embedding or nn.Embedding(config.vocab_size, config.hidden_size)
         if self.last:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
             ends["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            if embedding is None and config.num_nextn_predict_layers:
-                embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-            blocks |= {str(layer): MTPModule(config, layer, embedding, self.lm_head) for layer in self._ahead}
+        for layer in self._ahead:
+            blocks[str(layer)] = MTPModule(config, layer, ends["embed_tokens"], self.lm_head)
         self.model = nn.ModuleDict(ends | {"layers": nn.ModuleDict(blocks)})
         self.begin_step(Objective())
 
