@@ -128,7 +128,8 @@ class Link(PipelineStage):
     def _move_buffers(infos: tuple, device: torch.device) -> None:
         for info in infos:
             if getattr(info, "buffer", None) is not None:         # tokens are given, not received
-                info.buffer = torch.empty_like(info.buffer, device=device)
+                gradient = info.buffer.requires_grad              # torch before 2.13 says so here, and only once
+                info.buffer = torch.empty_like(info.buffer, device=device).requires_grad_(gradient)
 
 
 class ScheduleOrders(_PipelineScheduleRuntime):
