@@ -17,16 +17,17 @@ of all ep ranks when it is reduced over edp; averages would divide it by edp and
 experts ep times too large. So each rank weighs its loss with its share of the whole batch, as `train.accumulate` does.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ..block import Block
 from ..moe import Experts
@@ -147,27 +148,33 @@ def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
 # ---- the step ---------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh,
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: Iterable[ProcessGroup | None],
                    counted: Iterable[nn.Parameter] | None = None) -> Tensor:
-    """`clip_grad_norm_` over all ranks: scales gradients down to the norm `max_norm`; returns the norm before.
+    """`clip_grad_norm_` over all ranks: scales gradients down to the norm `max_norm`; returns the norm before, float64.
 
-    Every value of a gradient lies on one rank of dp: an expert's on one of edp and ep, all others on one of dp. So
-    squares are simply added up. `counted` leaves out what another pipeline rank holds as well (None: nothing).
+    `groups` are those of dp and pp. Every value of a sharded gradient lies on one rank of dp: an expert's on one of edp
+    and ep, all others on one of dp. So squares are simply added up. `counted` leaves out what another pipeline rank
+    holds as well (None: nothing).
     """
     parameters = list(parameters)
-    square = nn.utils.get_total_norm(shards(parameters if counted is None else counted)).square()
-    square = square.to(mesh.whole.device_type)
-    for axis in (mesh.dp, mesh.pp):
-        dist.all_reduce(square, group=axis.get_group())
+    own = local_gradients(parameters if counted is None else counted)
+    square = nn.utils.get_total_norm(own).double().square().to(next(iter(parameters)).device)
+    for group in groups:
+        dist.all_reduce(square, group=group)
     norm = square.sqrt()
-    for shard in shards(parameters):
-        shard.mul_((max_norm / (norm + 1e-6)).clamp(max=1).to(shard.dtype))
+    for gradient in local_gradients(parameters):
+        gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1).to(gradient.dtype))
     return norm
 
 
-def shards(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """This rank's part of every gradient that there is."""
-    return [parameter.grad.to_local() for parameter in parameters if parameter.grad is not None]
+    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_load(load: Tensor, mesh: Mesh) -> Tensor:
@@ -197,14 +204,3 @@ def whole_state(model: nn.Module, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         part = in_the_whole(tensor, mesh)
         yield name, part.full_tensor() if isinstance(part, DTensor) else part
-
-
-@torch.no_grad()
-def load_whole_state(model: nn.Module, state: Mapping[str, Tensor], mesh: Mesh) -> None:
-    """The inverse of `whole_state`: every rank takes its own part of `state`, which may hold other names too."""
-    for name, tensor in model.state_dict().items():
-        part, whole = in_the_whole(tensor, mesh), state[name]
-        if isinstance(part, DTensor):
-            whole = distribute_tensor(whole, part.device_mesh, part.placements, src_data_rank=None).to_local()
-            part = part.to_local()
-        part.copy_(whole)
