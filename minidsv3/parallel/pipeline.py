@@ -32,58 +32,14 @@ from ..balance import update_biases
 from ..config import ModelConfig
 from ..model import Losses
 from ..weight_gradients import WeightGradStore, defer_weight_gradients
-from .runtime import Chains, Link, Place, ScheduleOrders
+from .places import Place, build_stages, chains, copied_weights, named_weights, places
+from .runtime import Link, ScheduleOrders
 from .schedule import dualpipe, one_f_one_b, zb1p
-from .stage import Objective, Stage, split
+from .stage import Objective, Stage
 
-ORDERS = {"1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe}                    # P stages, from schedule.py
-FOLDED = {"zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}               # 2 P stages, from torch
-SCHEDULES = (*ORDERS, *FOLDED)
+ORDERS = {"1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe}               # from schedule.py
+OF_TORCH = {"zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
 EMBEDDING = "model.embed_tokens.weight"
-
-
-def chains(schedule: str, ranks: int) -> Chains:
-    """The form of a schedule. Raises ValueError for an unknown one."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
-    return Chains(length=2 * ranks if schedule in FOLDED else ranks, count=2 if schedule == "dualpipe" else 1)
-
-
-def places(schedule: str, ranks: int, rank: int) -> list[Place]:
-    """The stages that a rank holds: one, the two arms of a folded chain, or one of each direction."""
-    length, count = chains(schedule, ranks)
-    if count == 2:
-        return [Place("a", rank), Place("b", ranks - 1 - rank)]
-    return [Place("a", position) for position in sorted({rank, length - 1 - rank} if length > ranks else {rank})]
-
-
-def build_stages(config: ModelConfig, schedule: str, ranks: int, rank: int, precision: str = "fp32") -> list[Stage]:
-    """A rank's stages, in the order of `places`; if they are the first and the last, they share one embedding."""
-    layers = split(config, chains(schedule, ranks).length)
-    built: dict[Place, Stage] = {}
-    embedding = None
-    for place in sorted(places(schedule, ranks, rank), key=lambda place: place.position):
-        built[place] = Stage(config, layers[place.position], embedding, precision)
-        embedding = built[place].model["embed_tokens"] if built[place].first else None
-    return [built[place] for place in places(schedule, ranks, rank)]
-
-
-def named_weights(stages: list[Stage]) -> dict[str, nn.Parameter]:
-    """Parameters by name, each once."""
-    return {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
-
-
-def copied_weights(config: ModelConfig, schedule: str, ranks: int) -> dict[str, tuple[int, int]]:
-    """Every weight that two pipeline ranks hold, and these ranks, the lower first.
-
-    DualPipe: all of them, on ranks r and P - 1 - r. 1F1B and ZB1P: the embedding, if MTP reads it. Folded chains: none.
-    """
-    holders: dict[str, list[int]] = {}
-    with torch.device("meta"):
-        for rank in range(ranks):
-            for name in named_weights(build_stages(config, schedule, ranks, rank)):
-                holders.setdefault(name, []).append(rank)
-    return {name: (found[0], found[1]) for name, found in holders.items() if len(found) > 1}
 
 
 class Pipeline:
@@ -185,7 +141,7 @@ class Pipeline:
         if self.schedule in ORDERS:
             orders = ORDERS[self.schedule](self.ranks, micro_batches)
             return ScheduleOrders(links, form, micro_batches // form.count, computed, orders)
-        return FOLDED[self.schedule](links, micro_batches, computed, scale_grads=False)
+        return OF_TORCH[self.schedule](links, micro_batches, computed, scale_grads=False)
 
     def _sum_copies(self) -> None:
         """Each weight that two ranks hold gets the sum of both gradients, so that both copies stay equal."""

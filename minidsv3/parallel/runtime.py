@@ -11,7 +11,6 @@ stages send to the stages numbered one more or one less, and nobody is number P:
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch.distributed import P2POp, ProcessGroup, Work, isend
@@ -20,32 +19,16 @@ from torch.distributed.pipelining.schedules import (BACKWARD_INPUT, BACKWARD_WEI
                                                     OVERLAP_F_B, RECV_B, RECV_F, _Action, _add_reduce_grad,
                                                     _add_send_recv, _add_unshard_reshard, _PipelineScheduleRuntime)
 
+from .places import Chains, Place
 from .schedule import Action, Orders, Overlapped
 from .stage import Stage
 
 KINDS = {"F": FORWARD, "B": FULL_BACKWARD, "I": BACKWARD_INPUT, "W": BACKWARD_WEIGHT}
 
 
-class Chains(NamedTuple):
-    """The form of a pipeline: `count` chains of `length` stages."""
-
-    length: int
-    count: int
-
-    def number(self, direction: str, position: int) -> int:
-        """torch's number of a stage."""
-        return position + (self.length + 1) * (direction == "b")
-
-    @property
-    def numbers(self) -> int:
-        return self.count * (self.length + 1) - 1
-
-
-class Place(NamedTuple):
-    """Where a stage stands: in which direction's chain, and at which position of it."""
-
-    direction: str
-    position: int
+def number(place: Place, chains: Chains) -> int:
+    """torch's number of a stage."""
+    return place.position + (chains.length + 1) * (place.direction == "b")
 
 
 class Link(PipelineStage):
@@ -67,7 +50,8 @@ class Link(PipelineStage):
         tokens = torch.empty(micro_batch, length + 1, dtype=torch.int64, device="meta")
         hidden = torch.empty(micro_batch, length, stage.config.hidden_size, dtype=next(stage.parameters()).dtype,
                              device="meta", requires_grad=True)
-        super().__init__(stage, chains.number(*place), chains.numbers, device, group=group, dw_builder=dw_builder,
+        super().__init__(stage, number(place, chains), chains.count * (chains.length + 1) - 1, device, group=group,
+                         dw_builder=dw_builder,
                          input_args=tokens if stage.first else hidden,
                          output_args=hidden.sum() if stage.last else hidden)
 
@@ -141,11 +125,12 @@ class ScheduleOrders(_PipelineScheduleRuntime):
 
     def __init__(self, links: list[Link], chains: Chains, micro_batches: int, loss: Callable, orders: Orders):
         super().__init__(links, micro_batches, loss, scale_grads=False)
-        ranks = range(chains.length)
-        self.stage_index_to_group_rank = {chains.number("a", rank): rank for rank in ranks}
+        last = chains.length - 1
+        self.stage_index_to_group_rank = {number(Place("a", rank), chains): rank for rank in range(chains.length)}
         if chains.count == 2:
-            self.stage_index_to_group_rank |= {chains.number("b", chains.length - 1 - rank): rank for rank in ranks}
-            self.stage_index_to_group_rank[chains.length] = chains.length - 1     # number P, on neither chain
+            self.stage_index_to_group_rank |= {number(Place("b", last - rank), chains): rank
+                                               for rank in range(chains.length)}
+            self.stage_index_to_group_rank[chains.length] = last          # number P, in neither chain
         for link in links:
             link.stage_index_to_group_rank = self.stage_index_to_group_rank
         self.pipeline_order_with_comms = self._with_messages([lower(order, chains) for order in orders])
@@ -166,7 +151,7 @@ def lower(order: list[Action | Overlapped], chains: Chains) -> list[_Action]:
     """An order in torch's words."""
     lowered = []
     for action in order:
-        parts = tuple(_Action(chains.number(part.direction, part.stage), KINDS[part.kind], part.micro_batch)
+        parts = tuple(_Action(number(Place(part.direction, part.stage), chains), KINDS[part.kind], part.micro_batch)
                       for part in action.parts)
         lowered.append(parts[0] if len(parts) == 1 else _Action(-1, OVERLAP_F_B, None, parts))
     return lowered

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from minidsv3.balance import update_biases
 from minidsv3.model import Losses, Transformer
 from minidsv3.optim import AdamW
-from minidsv3.parallel import pipeline as pipelines
 from minidsv3.parallel.mesh import in_the_whole, make_mesh, parallelise
-from minidsv3.parallel.pipeline import EMBEDDING, SCHEDULES, Pipeline
+from minidsv3.parallel.pipeline import EMBEDDING, Pipeline
+from minidsv3.parallel.places import SCHEDULES, chains
 from minidsv3.parallel.processes import run
 from minidsv3.parallel.runtime import Link
 from minidsv3.parallel.stage import AddLoss, Stage
@@ -307,7 +307,7 @@ def count_messages(schedule: str, micro_batches: int, like_torch: bool = False) 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_messages_in_memory_do_not_grow_with_the_batch(schedule):
-    ranks, stages = 2, 4 if schedule in pipelines.FOLDED else 2
+    ranks, stages = 2, chains(schedule, 2).length
     few, many = (run(count_messages, ranks, schedule, micro_batches) for micro_batches in (8, 32))
     assert few == many
     assert all(received <= 2 * ranks + 1 and sent <= 2 * (stages + 1) for received, sent in many)
@@ -338,7 +338,7 @@ def refusal(schedule: str, sequences: int, micro_batch: int, layers: int = 4, st
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (("gpipe", 8, 1), "schedule is 'gpipe'; it must be one of 1f1b, zb1p, dualpipe, zbv, dualpipev"),
+    (("gpipe", 8, 1), "schedule is 'gpipe'; it must be one of 1f1b, zb1p, zbv, dualpipev, dualpipe"),
     (("1f1b", 7, 2), "a batch of 7 sequences cannot be cut into micro-batches of 2"),
     (("dualpipe", 2, 1), "it needs at least 4"),
     (("dualpipe", 5, 1), "it needs an even number"),

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from minidsv3 import ModelConfig, Transformer
-from minidsv3.parallel.pipeline import EMBEDDING, build_stages, copied_weights, named_weights
+from minidsv3.parallel.pipeline import EMBEDDING
+from minidsv3.parallel.places import build_stages, copied_weights, named_weights
 from minidsv3.parallel.stage import AddLoss, Objective, Stage, split
 from minidsv3.weight_gradients import defer_weight_gradients
 from tiny import tiny_config, tiny_model, tiny_tokens
