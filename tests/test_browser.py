@@ -50,6 +50,8 @@ MOVES = [
     Move("02_router", "explorer", "layer with experts", "ArrowLeft", r"next: (.+)"),
     Move("03_mtp", "view", "acceptance p (%)", "ArrowLeft", r"yours, c = \S+ (\S+) times"),
     Move("05_kernels", "stepper", "rows of a tile", "ArrowLeft", r"(\d+) FLOP a byte"),
+    Move("06_expert_parallelism", "explorer", "redundant copies (slots a GPU)", "ArrowRight",
+         r"fullest (\S+) times the mean \(dashed"),
 ]
 
 

@@ -127,8 +127,8 @@ def test_numbers_on_shades_have_contrast():
 TOKEN = dict(token="items", home=1, experts=[3, 8, 9, 11], of_a_gpu=2, cluster=Cluster(2, 4))
 PICTURES = {
     "token": lambda: draw.token_on_its_way(**TOKEN),
-    "tables": lambda: draw.number_tables({"sent": [[3, 0], [1, 5]], "received": [[3, 1], [0, 5]]}, ["0", "1"],
-                                         ["0", "1"], "rank", light=0),
+    "tables": lambda: draw.number_tables("Rows of two ranks", {"sent": [[3, 0], [1, 5]], "received": [[3, 1], [0, 5]]},
+                                         ["0", "1"], ["0", "1"], "rank"),
     "time": lambda: draw.time_of_wires({"by expert": (1.04, 0.04), "by node": (0.51, 0.3)}),
     "loads": lambda: draw.loads({"in order": [3, 1, 1, 1], "EPLB": [1.5, 1.5, 1.4, 1.6]}),
     "mesh": lambda: draw.mesh(16, 2, 8, 8, 256),

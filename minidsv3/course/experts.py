@@ -759,10 +759,11 @@ QUESTIONS = {
          Option("128, the ranks whose losses are averaged",
                 "who computes does not matter, only over what the mean is.")), 2),
     "06.decode": Question(
-        "While decoding, one token a request, V3's GPUs hold one expert each. What bounds the speed from below, at "
-        "50 GB/s?",
-        (Option("the arithmetic of 37 B parameters", "spread over 320 GPUs and overlapped, it hides behind the wires."),
-         Option("the rows on the wires: 61 layers, there and back",
-                "published elsewhere by DeepSeek's authors: 120.96 us a layer and micro-batch, 14.76 ms a token."),
-         Option("the router", "a product with 256 rows.")), 1),
+        "In V3's decoding unit each GPU has one expert. If arithmetic and exchange overlap fully, what limits the "
+        "tokens a second of one request?",
+        (Option("the arithmetic of 37 B parameters",
+                "it is spread over 320 GPUs and takes less time than the exchange."),
+         Option("the wires: 61 layers, there and back",
+                "120.96 us a layer and micro-batch at 50 GB/s, so 14.76 ms a token: 67 a second at most."),
+         Option("the router", "a product with 256 rows, for 32 tokens.")), 1),
 }

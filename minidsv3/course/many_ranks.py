@@ -29,19 +29,21 @@ def tokens_of(rank: int) -> Tensor:
 
 
 def on_a_rank(nodes: int) -> dict[str, dict]:
-    """What a rank runs: its tokens through the layer with shared experts, "flat" and in "two hops".
+    """What a rank runs: its tokens through the layer whose experts are shared out, "flat", in "two hops", and in two
+    hops with an "FP8" payload.
 
-    Returns for each the output y and the slope dx of the sum of its squares, both [N, 16], and how many copies of
-    tokens the rank sent, and how many of them to another node. `nodes` must divide the ranks.
+    Returns for each the output y and the slope dx of the sum of its squares, both [N, 16], how many copies of tokens
+    the rank sent, and how many of them to another node. `nodes` must divide the ranks.
     """
     gpus = dist.get_world_size() // nodes
     mesh = init_device_mesh("cpu", (nodes, gpus), mesh_dim_names=("node", "gpu"))
-    return {"flat": _through(flat_hops(dist.group.WORLD, gpus)), "two hops": _through(two_hops(mesh))}
+    return {"flat": _through(flat_hops(dist.group.WORLD, gpus)), "two hops": _through(two_hops(mesh)),
+            "FP8": _through(two_hops(mesh), payload="fp8")}
 
 
-def _through(hops: Sequence[Hop]) -> dict:
+def _through(hops: Sequence[Hop], payload: str | None = None) -> dict:
     layer, x = small_layer(), tokens_of(dist.get_rank()).requires_grad_()
-    layer.experts = ParallelExperts(layer.experts, hops)
+    layer.experts = ParallelExperts(layer.experts, hops, payload)
     y = layer(x[None])[0]
     y.square().sum().backward()
     return {"y": y.detach(), "dx": x.grad, **layer.experts.traffic._asdict()}

@@ -217,7 +217,7 @@ def dispatch_explorer() -> View:
 def dispatch_states(states: dict[str, dict]) -> Picture:
     """Loads of the GPUs, sorted, for several states side by side, with rows and times: for pages without widgets."""
     shown = {name: look(start_state(**state)) for name, state in states.items()}
-    fullest = "; ".join(f"{name}: {seen.fullest:.2f}" for name, seen in shown.items())
+    fullest = "; ".join(f"{' '.join(name.split())} {seen.fullest:.2f}" for name, seen in shown.items())
     picture = Picture(9.2, 3.1, "Load of each GPU over the mean, sorted, for several states of the explorer. "
                       f"Fullest GPU over the mean: {fullest}.", 20)
     tallest = max(seen.fullest for seen in shown.values())

@@ -91,21 +91,21 @@ def _arrow(axes, sender: int, receiver: int, rows: int, width: float, colour: st
 
 
 @styled
-def number_tables(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], columns: Sequence[str],
-                  across: str, form: str = "{:g}", light: float | None = None) -> Picture:
-    """Tables of numbers side by side, darker for larger; values of `light` and less are white.
+def number_tables(about: str, tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str],
+                  columns: Sequence[str], across: str, form: str = "{:g}") -> Picture:
+    """Tables of numbers side by side, lighter for larger ones: title -> [row][column].
 
-    `rows` and `columns` name the lines, `across` what the columns are.
+    `about` says in a few words what the numbers are; `rows` and `columns` name the lines, `across` what the columns are.
     """
     width, height = 1.3 + len(tables) * (0.62 * len(columns) + 0.5), 0.95 + 0.36 * len(rows)
-    picture = Picture(width, height, f"Tables of numbers, {', '.join(rows)} against {across}: {', '.join(tables)}. "
-                      "Compare the lines of a table, and the tables with each other.", FEW)
+    picture = Picture(width, height, f"{about}: {' and '.join(tables)}, a line for each of {', '.join(rows)}. "
+                      "Compare the lines with each other.", FEW)
     shades = matplotlib.colormaps["cividis"]
     most = max(value for table in tables.values() for row in table for value in row)
     for i, (axes, (name, table)) in enumerate(zip(picture.subplots(1, len(tables), squeeze=False)[0], tables.items())):
         for r, row in enumerate(table):
             for c, value in enumerate(row):
-                colour = WHITE if light is not None and value <= light else to_hex(shades(0.25 + 0.75 * value / most))
+                colour = to_hex(shades(0.25 + 0.75 * value / most))
                 axes.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, facecolor=colour, edgecolor=DARK, linewidth=0.6))
                 axes.text(c, r, form.format(value), ha="center", va="center", fontsize=10, color=ink(colour))
         axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xticks=range(len(columns)),
