@@ -81,6 +81,7 @@ def to_fp8(model: nn.Module, recipe: FP8Recipe = FP8Recipe()) -> nn.Module:
                 module.codes = WeightCodes(products)
             elif isinstance(module, FP8Experts):
                 module.gate_up_codes, module.down_codes = WeightCodes(products), WeightCodes(products)
+        block.self_attn.o_proj.pow2 = True      # its input waits in E5M6 and is quantised again, along tokens
     return model
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .accumulate import accumulate
 from .formats import E4M3, E5M2, Format, tile_scale
-from .fp8_products import Operand, Products, exact, padded
+from .fp8_products import LIFT, Operand, Products, exact, lowered, padded
 from .kernels.fp8_grouped_gemm import spans
 from .kernels.quantize import TILE
 
@@ -37,10 +37,10 @@ class Ablated(Products):
         return quantize(padded(x).T, E4M3, self.activation, pow2 or self.pow2)
 
     def slope_tiles(self, slope: Tensor, pow2: bool = False) -> Operand:
-        return quantize(padded(slope), self.gradient, self.slope, pow2 or self.pow2)
+        return lowered(quantize(padded(slope * LIFT), self.gradient, self.slope, pow2 or self.pow2))
 
     def slope_columns(self, slope: Tensor, pow2: bool = False) -> Operand:
-        return quantize(padded(slope).T, self.gradient, self.slope, pow2 or self.pow2)
+        return lowered(quantize(padded(slope * LIFT).T, self.gradient, self.slope, pow2 or self.pow2))
 
     def weight(self, weight: Tensor) -> tuple[Operand, Operand]:
         """Scales [.., ceil(K / 128), N] here, as of tiles."""
@@ -54,7 +54,8 @@ class Ablated(Products):
 
     def swiglu_backward(self, gate: Operand, up: Operand, slope: Tensor) -> tuple[Tensor, Tensor, Operand]:
         d_gate, d_up, _ = super().swiglu_backward(gate, up, slope)
-        return d_gate, d_up, self.columns(F.silu(gate.values(torch.float32)) * up.values(torch.float32))
+        gate, up = gate.values(torch.float32), up.values(torch.float32)
+        return d_gate, d_up, self.columns(gate * gate.sigmoid() * up)
 
     def multiply(self, a: Operand, b: Operand) -> Tensor:
         return self.product(a, b).bfloat16()

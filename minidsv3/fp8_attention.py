@@ -15,7 +15,7 @@ from torch import Tensor
 from .attention import MLA, Context
 from .attention_gradient import attend, attend_backward
 from .e5m6 import dequantize_e5m6, quantize_e5m6
-from .fp8_linear import linears, weight_gradient
+from .fp8_linear import forward, linears, weight_gradient
 from .kernels import rope
 from .recompute import Normed
 
@@ -53,14 +53,11 @@ class _Core(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, c_q: Tensor, c_kv: Tensor, mla: FP8MLA, context: Context, *weights: Tensor) -> Tensor:
-        products, shape = mla.o_proj.codes.products, c_q.shape[:-1]
         out, log_sum = attend(*mla.expand(c_q, c_kv, context), mla.scale)
-        straight, ctx.turned = mla.o_proj.codes(mla.o_proj.weight)
-        out = out.flatten(0, 1).flatten(1)
-        ctx.save_for_backward(c_q, c_kv, log_sum, *quantize_e5m6(out))
-        ctx.mla, ctx.context = mla, context
-        y = products.multiply(products.tiles(out, pow2=True), straight)
-        return y[:len(out), :mla.o_proj.out_features].unflatten(0, shape)
+        out = out.flatten(2)
+        ctx.save_for_backward(c_q, c_kv, log_sum, *quantize_e5m6(out.flatten(0, 1)))
+        ctx.mla, ctx.context, ctx.turned = mla, context, mla.o_proj.codes(mla.o_proj.weight)[1]
+        return forward(out, (mla.o_proj,))[0]
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple:
@@ -70,7 +67,7 @@ class _Core(torch.autograd.Function):
         out = dequantize_e5m6(*kept, mla.o_proj.in_features)
         d_out = products.multiply(products.slope_tiles(slope), ctx.turned)[:len(out), :out.shape[1]]
         d_o_proj = weight_gradient(mla.o_proj, mla.o_proj.weight, products.weight_gradient,
-                                   products.slope_columns(slope), products.columns(out, pow2=True))
+                                   products.slope_columns(slope), products.columns(out, mla.o_proj.pow2))
 
         with torch.enable_grad():      # a graph of the up-projections alone, which lives until this function ends
             latents = [x.detach().requires_grad_() for x in (c_q, c_kv)]

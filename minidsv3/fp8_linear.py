@@ -28,6 +28,7 @@ class FP8Linear(Linear):
     Linear, and sets `codes`."""
 
     codes: "WeightCodes"
+    pow2: bool = False      # whether x has power-of-two scales
 
     def forward(self, x: Tensor | Normed) -> Tensor:
         return linears(x, self)[0]
@@ -64,12 +65,13 @@ def linears(x: Tensor | Normed, *matrices: FP8Linear) -> tuple[Tensor, ...]:
     value, normed = (x.value, x) if isinstance(x, Normed) else (x, None)
     if torch.is_grad_enabled():
         return _Linears.apply(value, normed, matrices, *(matrix.weight for matrix in matrices))
-    return _fprop(value, matrices)
+    return forward(value, matrices)
 
 
-def _fprop(x: Tensor, matrices: tuple[FP8Linear, ...]) -> tuple[Tensor, ...]:
+def forward(x: Tensor, matrices: tuple[FP8Linear, ...]) -> tuple[Tensor, ...]:
+    """The forward products alone, without a graph."""
     products, flat = matrices[0].codes.products, x.flatten(0, -2)
-    tiles = products.tiles(flat)
+    tiles = products.tiles(flat, matrices[0].pow2)
     outputs = (products.multiply(tiles, matrix.codes(matrix.weight)[0]) for matrix in matrices)
     return tuple(y[:len(flat), :matrix.out_features].unflatten(0, x.shape[:-1]) for y, matrix in zip(outputs, matrices))
 
@@ -80,9 +82,9 @@ class _Linears(torch.autograd.Function):
     def forward(ctx, x: Tensor, normed: Normed | None, matrices: tuple[FP8Linear, ...], *weights: Tensor) -> tuple:
         products = matrices[0].codes.products
         ctx.matrices, ctx.turned = matrices, [matrix.codes(matrix.weight)[1] for matrix in matrices]
-        saved, ctx.again = remembered(x, normed, lambda x: products.columns(x.flatten(0, -2)))
+        saved, ctx.again = remembered(x, normed, lambda x: products.columns(x.flatten(0, -2), matrices[0].pow2))
         ctx.save_for_backward(*saved)
-        return _fprop(x, matrices)
+        return forward(x, matrices)
 
     @staticmethod
     def backward(ctx, *slopes: Tensor) -> tuple:

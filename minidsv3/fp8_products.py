@@ -23,6 +23,9 @@ from .kernels import (Permutation, dequantize_blocks, fp8_gemm, fp8_grouped_gemm
 from .kernels.fp8_gemm import dequantize_tiles
 
 ALIGN = 128     # an expert's rows are a multiple of it: no 128 x 1 tile has tokens of two experts
+# Quantisers take no amax for less than 1e-4. Gradients of a mean over a batch's tokens are less, the smaller the larger
+# the batch. They are lifted by this factor first and their scales lowered after; as a power of two it rounds nothing.
+LIFT = 2.0 ** 32
 
 
 class Operand(NamedTuple):
@@ -63,11 +66,11 @@ class Products:
 
     def slope_tiles(self, slope: Tensor, pow2: bool = False) -> Operand:
         """`tiles` of a gradient."""
-        return self.tiles(slope, pow2)
+        return lowered(self.tiles(slope * LIFT, pow2))
 
     def slope_columns(self, slope: Tensor, pow2: bool = False) -> Operand:
         """`columns` of a gradient."""
-        return self.columns(slope, pow2)
+        return lowered(self.columns(slope * LIFT, pow2))
 
     def weight(self, weight: Tensor) -> tuple[Operand, Operand]:
         """weight [.., N, K] for Fprop and, turned, for Dgrad: one quantisation, since a block is square."""
@@ -120,6 +123,11 @@ class Products:
         d_gate, d_up, *columns = swiglu_quantize_backward(gate.codes, up.codes, slope, self.pow2, gate.scales,
                                                           up.scales)
         return d_gate, d_up, Operand(*columns)
+
+
+def lowered(operand: Operand) -> Operand:
+    """The operand of what was lifted, for what it was."""
+    return Operand(operand.codes, operand.scales / LIFT)
 
 
 def cached(x: Tensor) -> Operand:
