@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.pipelining.schedules import (ScheduleDualPipeV, ScheduleZBVZeroBubble,
                                                     _PipelineScheduleRuntime)
-from torch.distributed.tensor import DTensor
 
 from ..balance import update_biases
 from ..config import ModelConfig
 from ..model import Losses
 from ..weight_gradients import WeightGradStore, defer_weight_gradients
+from .link import Link
+from .mesh import clip_gradients, local
 from .places import Place, build_stages, chains, copied_weights, named_weights, places
-from .runtime import Link, ScheduleOrders
+from .runtime import ScheduleOrders
 from .schedule import dualpipe, one_f_one_b, zb1p
 from .stage import Objective, Stage
 
@@ -58,7 +59,8 @@ class Pipeline:
                  group: ProcessGroup | None = None, data: ProcessGroup | None = None,
                  wrap: Callable[[Stage], object] = lambda stage: None):
         self.config, self.schedule, self.micro_batch = config, schedule, micro_batch
-        self.device, self.group, self.data = torch.device(device), group, data
+        self.device, self.group = torch.device(device), group
+        self.groups = [group] if data is None else [group, data]      # over both: everybody
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.replicas = 1 if data is None else dist.get_world_size(data)
         self.places = places(schedule, self.ranks, self.rank)
@@ -167,32 +169,17 @@ class Pipeline:
             sums += stage.sums
             load[stage.load_rows] += stage.load
         for values in (sums, load):
-            self._add_up(values)
+            for group in self.groups:
+                dist.all_reduce(values, group=group)
         main, mtp, balance = sums
         total = main + objective.mtp_weight * mtp + objective.balance_weight * balance
         return Losses(total, main, mtp, balance, load)
 
     # ---- after the step -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """Scales all gradients down to a norm of `max_norm` over the whole model; returns the norm before."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for parameter in self.own_weights().values():
-            if parameter.grad is not None:
-                squares += torch.linalg.vector_norm(local(parameter.grad)).double() ** 2
-        self._add_up(squares)
-        norm = squares.sqrt()
-        for parameter in self.weights().values():
-            if parameter.grad is not None:
-                local(parameter.grad).mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(parameter.grad.dtype))
-        return norm
-
-    def _add_up(self, values: Tensor) -> None:
-        """Replaces values by their sum over all ranks, of the pipeline and of its replicas."""
-        dist.all_reduce(values, group=self.group)
-        if self.data is not None:
-            dist.all_reduce(values, group=self.data)
+        return clip_gradients(self.weights().values(), max_norm, self.groups, counted=self.own_weights().values())
 
     def update_biases(self, load: Tensor, gamma: float) -> None:
         """Moves the biases of this rank's routers (see `balance.update_biases`); `load` is that of `Losses`."""
@@ -203,8 +190,3 @@ class Pipeline:
 def computed(loss: Tensor, labels: Tensor) -> Tensor:
     """The loss, for torch: the last stage has computed it, so that a sharded stage has used all its weights."""
     return loss
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor; other tensors as they are."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from minidsv3.balance import update_biases
 from minidsv3.model import Losses, Transformer
 from minidsv3.optim import AdamW
+from minidsv3.parallel.link import Link
 from minidsv3.parallel.mesh import in_the_whole, make_mesh, parallelise
 from minidsv3.parallel.pipeline import EMBEDDING, Pipeline
 from minidsv3.parallel.places import SCHEDULES, chains
 from minidsv3.parallel.processes import run
-from minidsv3.parallel.runtime import Link
 from minidsv3.parallel.stage import AddLoss, Stage
 from minidsv3.weight_gradients import DeferredGrouped, DeferredLinear, WeightGradStore
 from tiny import tiny_model, tiny_tokens
