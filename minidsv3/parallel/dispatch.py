@@ -10,9 +10,9 @@ experts there: a node, a GPU, or an expert itself.
 Flat dispatch is one such hop over all GPUs. Node-limited routing takes two, and a token crosses to a node only once:
 
         node 0              node 1
-    GPU 0     GPU 1     GPU 2     GPU 3         hop 1   0 -> 2          between nodes (InfiniBand): one copy a node, to the
-      x ------------------> x                           GPU with the sender's number in its node
-                            x ------> x         hop 2   2 -> 2, 2 -> 3  inside the node (NVLink): one copy a GPU
+    GPU 0     GPU 1     GPU 2     GPU 3     hop 1   0 -> 2           between nodes (InfiniBand): one copy a node, to
+      x ------------------> x                                        the GPU with the sender's number in its node
+                            x ------> x     hop 2   2 -> 2, 2 -> 3   inside the node (NVLink): one copy a GPU
 
 The way back adds first inside the node, so that one row returns: with the report's limit of M = 4 nodes at most four
 copies cross where eight experts were chosen. Whatever carries gradients has a backward that is the other way: fan out's
@@ -147,11 +147,11 @@ def fan_out(tokens: Tokens, members: int, experts: int) -> tuple[Tokens, Permuta
     Member m hosts experts m * `experts` and on; a copy keeps the choices that are its member's. The permutation has one
     member more, `nowhere`, which fills up the lines of tokens with fewer copies; its rows stay behind.
     """
-    nowhere = members
-    home = torch.where(tokens.experts < 0, nowhere, tokens.experts // experts)                         # [N, k]
-    visits = tokens.experts.new_zeros(len(home), members + 1, dtype=torch.bool).scatter_(1, home, True)[:, :members]
-    slots = int(F.pad(visits.sum(1), (0, 1), value=1).max())                                    # the most copies a token has
-    goals = torch.where(visits, torch.arange(members, device=home.device), nowhere).sort(1).values[:, :slots]
+    nowhere, device = members, tokens.x.device
+    home = torch.where(tokens.experts < 0, nowhere, tokens.experts // experts)                             # [N, k]
+    visits = torch.zeros(len(home), members + 1, dtype=torch.bool, device=device).scatter_(1, home, True)[:, :members]
+    slots = int(F.pad(visits.sum(1), (0, 1), value=1).max())                       # the most copies that a token has
+    goals = torch.where(visits, torch.arange(members, device=device), nowhere).sort(1).values[:, :slots]
     order = sort_by_expert(goals, torch.bincount(goals.flatten(), minlength=members + 1))
     sources = order.sources[:int(order.ends[-2])]
     token, member = sources // slots, goals.flatten()[sources].unsqueeze(1)

@@ -21,12 +21,16 @@ class ParallelExperts(Experts):
     """This rank's experts in the place of a layer's `Experts`: same call, same names, weights [experts here, ..].
 
     `hops` (`flat_hops`, `two_hops`) say who shares the layer, `payload` what travels (see `dispatch`).
-    `traffic` tells what this rank's last forward pass sent. All ranks of the hops must run the layer together, each with
-    its own tokens, be they none. Raises ValueError if the ranks do not divide the experts.
+    `traffic` tells what this rank's last forward pass sent. All ranks of the hops must run the layer together, each
+    with its own tokens, be they none. Raises ValueError if the ranks do not divide the experts, and for experts that
+    compute in FP8, which this does not.
     """
 
     def __init__(self, experts: Experts, hops: Sequence[Hop], payload: str | None = None):
         nn.Module.__init__(self)
+        if type(experts) is not Experts:
+            raise ValueError(f"the experts are {type(experts).__name__}; only Experts, which compute in their input's "
+                             "dtype, can be spread over ranks")
         self.hops, self.payload, self.traffic = hops, payload, Traffic(0, 0)
         self.experts = len(experts.gate_up_proj)
         mine = own_experts(self.experts, hops)
@@ -64,7 +68,7 @@ def own_experts(experts: int, hops: Sequence[Hop]) -> slice:
 
 
 def spread_experts(model: nn.Module, hops: Sequence[Hop], payload: str | None = None) -> nn.Module:
-    """Puts `ParallelExperts` into every MoE layer of `model`, in place. All ranks must have started with equal weights."""
+    """Puts `ParallelExperts` into every MoE layer of `model`, in place. All ranks must hold equal weights before."""
     for module in model.modules():
         if isinstance(module, MoE):
             module.experts = ParallelExperts(module.experts, hops, payload)

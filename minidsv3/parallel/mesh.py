@@ -8,13 +8,21 @@
     edp     .. and copied on these
     node    ep again, by nodes; gpu: inside a node. Two-hop dispatch goes along these two.
 
-A rank's number counts like a clock, gpu fastest: the ranks that exchange most are neighbours.
+A rank's number counts like a clock, gpu fastest: the ranks that exchange most are neighbours. A step without pipeline:
+
+    mesh = make_mesh(dp=4, ep=2)
+    model = parallelise(Transformer(config), mesh)
+    losses = model.loss(tokens)                               # this rank's sequences
+    (losses.total * share).backward()                         # their share of the whole batch
+    clip_gradients(model.parameters(), 1.0, [mesh.dp.get_group()])
+    optimizer.step()                                          # AdamW and EMA, built after `parallelise`, see shards
+    update_biases(model, whole_load(losses.load, mesh), gamma)
 
 Sharding is FSDP2 (`fully_shard`): experts are sharded over edp, all else over dp. With `reshard_after_forward=False` a
 step's micro-batches keep the gathered parameters, and only masters, reduced gradients and the optimiser's state are
-sharded: ZeRO-1, as in the report. **Gradients are summed, never averaged.** An expert's gradient already holds the tokens
-of all ep ranks when it is reduced over edp; averages would divide it by edp and everything else by dp = edp x ep, and leave
-experts ep times too large. So each rank weighs its loss with its share of the whole batch, as `train.accumulate` does.
+sharded: ZeRO-1, as in the report. **Gradients are summed, never averaged.** An expert's gradient already holds the
+tokens of all ep ranks when it is reduced over edp; averages would divide it by edp, everything else by dp = edp x ep,
+and leave experts ep times too large. With sums, each loss counts with its share, as in `train.accumulate`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -50,8 +58,8 @@ class Mesh(NamedTuple):
 def make_mesh(pp: int = 1, dp: int = 1, ep: int = 1, nodes: int = 1) -> Mesh:
     """The mesh of the whole process group, which exists already.
 
-    `nodes` is how many nodes the ranks of ep stand on; with 1, dispatch is flat. Raises ValueError, with the numbers, if
-    the group has not pp x dp ranks, ep does not divide dp, or nodes not ep.
+    `nodes` is how many nodes the ranks of ep stand on; with 1, dispatch is flat. Raises ValueError, with the numbers,
+    if the group has not pp x dp ranks, ep does not divide dp, or nodes not ep.
     """
     ranks = dist.get_world_size()
     if min(pp, dp, ep, nodes) < 1:
@@ -98,7 +106,7 @@ def parallelise(model: nn.Module, mesh: Mesh, payload: str | None = None) -> nn.
 
     All ranks of dp must hold equal weights. Afterwards parameters are DTensors; build optimiser and EMA then. Gradients
     come out summed over dp: weigh each rank's loss with its share of the batch. Raises ValueError if ep does not divide
-    the experts. `payload`: see `dispatch`.
+    the experts, dp / ep not their rows, or experts compute in FP8. `payload`: see `dispatch`.
     """
     if mesh.ep.size() > 1:
         spread_experts(model, hops_of(mesh), payload)
@@ -128,8 +136,8 @@ def shard(model: nn.Module, mesh: Mesh) -> nn.Module:
 
 
 def shard_experts(experts: Experts, mesh: Mesh) -> None:
-    """Cuts every expert's matrices by rows: edp may be larger than the number of experts here, and ep has cut by experts
-    already."""
+    """Cuts every expert's matrices by rows: edp may be larger than the number of experts here, and ep has cut by
+    experts already."""
     for name, weight in experts.named_parameters():
         if weight.shape[1] % mesh.edp.size():
             raise ValueError(f"{name} has {weight.shape[1]} rows an expert, and edp = dp / ep is {mesh.edp.size()}; "

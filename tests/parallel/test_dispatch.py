@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from minidsv3.kernels import Permutation, Routing, route
+from minidsv3.kernels import Permutation, Routing, quantize_tiles, route
+from minidsv3.kernels.fp8_gemm import dequantize_tiles
 from minidsv3.moe import Experts
 from minidsv3.parallel import dispatch as dispatching
 from minidsv3.parallel import experts as parallel_experts
@@ -223,23 +224,25 @@ def test_at_most_m_copies_of_a_token_cross():
 # ---- FP8 on the wire --------------------------------------------------------------------------------------------
 
 
-def what_arrives_in_fp8() -> dict[str, float]:
-    """What reaches an expert, and errors of the whole layer in BF16 relative to exact exchange."""
-    rank = dist.get_rank()
-    x, logits, routing = inputs(rank, "any", 2, torch.bfloat16)
-    arrived = {}
-    for way, hops in {"flat": flat_hops(dist.group.WORLD), "two hops": two_hops(mesh_of(2))}.items():
-        tokens = Tokens(x, routing.experts, routing.weights)
-        arrived[way] = dispatch(tokens, EXPERTS, hops, "fp8")[0]
-    by_rows = [sorted(map(tuple, tokens.x.tolist())) for tokens in arrived.values()]
-    assert by_rows[0] == by_rows[1]                     # the second hop rounds nothing
-    exact, rounded = (outcome(ParallelExperts(layer(torch.bfloat16), two_hops(mesh_of(2)), payload),
-                              *inputs(rank, "any", 2, torch.bfloat16), rank) for payload in (None, "fp8"))
+def what_fp8_does() -> dict[str, float]:
+    """Errors of the layer in float64 relative to an exact exchange; and whether what arrives has been rounded once."""
+    rank, way = dist.get_rank(), two_hops(mesh_of(2))
+    x, _, routing = inputs(rank, "any", 2)
+    tokens = Tokens(x, routing.experts, routing.weights)
+    for hops in (flat_hops(dist.group.WORLD), way):
+        rounded, exact = (dispatch(tokens, EXPERTS, hops, payload)[0].x for payload in ("fp8", None))
+        assert torch.equal(rounded, sent_in_fp8(exact)) and not torch.equal(rounded, exact)
+    exact, rounded = (outcome(ParallelExperts(layer(), way, payload), *inputs(rank, "any", 2), rank)
+                      for payload in (None, "fp8"))
     return {name: ((rounded[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact}
 
 
+def sent_in_fp8(rows: Tensor) -> Tensor:
+    return dequantize_tiles(*quantize_tiles(rows, pow2=True)).to(rows.dtype)
+
+
 def test_fp8_towards_experts_and_bf16_back():
-    """Every value is rounded by 1/16 at most, which is 1/16 / sqrt(3) on average or less: 4 % in the norm; the layer
-    has three products of them (gate, up, and the gradient's)."""
-    for found in run(what_arrives_in_fp8, 4):
-        assert all(1e-3 < error < 3 * 0.036 for error in found.values()), found
+    """Two hops round as one does. E4M3 is off by 2.6 % of a normal vector's norm, and three factors carry that into an
+    output or gradient (gate, up, the output's gradient): sqrt(3) times 2.6 % is 4.5 %; here they reach 3.9 to 5.6 %."""
+    for found in run(what_fp8_does, 4):
+        assert all(0.02 < error < 0.07 for error in found.values()), found

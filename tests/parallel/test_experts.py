@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minidsv3.fp8_ffn import FP8Experts
 from minidsv3.kernels import quantize_tiles, route, weighted_swiglu
 from minidsv3.kernels.fp8_gemm import dequantize_tiles
 from minidsv3.moe import Experts
-from minidsv3.parallel import dispatch as dispatching
 from minidsv3.parallel import experts as parallel_experts
 from minidsv3.parallel.dispatch import Hop, Tokens, dispatch, fan_in, fan_out
 from minidsv3.parallel.experts import ParallelExperts, own_experts
@@ -181,6 +181,7 @@ def test_ranks_count_like_digits():
 def test_refusals():
     with pytest.raises(ValueError, match="16 experts cannot be shared out equally among 3 ranks"):
         ParallelExperts(layer(), [Hop(Group(0, 3), range(1))])
+    with pytest.raises(ValueError, match="the experts are FP8Experts; only Experts, which compute"):
+        ParallelExperts(FP8Experts(tiny_config()), hops=[])
     with pytest.raises(ValueError, match="payload is 'fp4'; it must be 'fp8', or None"):
         dispatch(draw_tokens(2, 4, 2), 4, [], payload="fp4")
-    assert dispatching.PAYLOADS == (None, "fp8")

@@ -1,4 +1,4 @@
-"""A model spread over a mesh trains as one process does: losses, norm, weights, averages, biases, to the last digits."""
+"""A model spread over a mesh trains as one process does: losses, norm, weights, averages and biases."""
 
 import re
 import sys
