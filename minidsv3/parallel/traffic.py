@@ -73,6 +73,9 @@ def by_node(home: Tensor, gpus: Tensor, cluster: Cluster) -> Rows:
     return Rows(first.between, second.inside)
 
 
+WAYS = {"by expert": by_expert, "by GPU": by_gpu, "by node": by_node}
+
+
 def visits(hosts: Tensor, members: int) -> Tensor:
     """Which of `members` nodes or GPUs host a chosen expert: hosts [N, k] -> [N, members] bool."""
     return torch.zeros(len(hosts), members, dtype=torch.bool).scatter(1, hosts, True)

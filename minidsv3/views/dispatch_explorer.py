@@ -16,14 +16,13 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..parallel import traffic
 from ..parallel.placement import Placement, gpu_load, placement, rebalance_experts
-from ..parallel.traffic import Cluster, Rows
+from ..parallel.traffic import WAYS, Cluster, Rows
 from .explore import View, choice, doubling, explore, slider
 from .style import BLACK, DARK, ORANGE, PASSES, VERMILION, WHITE, Fill, Picture, ink, styled
 from .svg import line, page, rectangle, text
 
 HIDDEN = ModelConfig.preset("full").hidden_size
 TOKENS = 2048                           # drawn for a state, equally many on each GPU
-WAYS = {"by expert": traffic.by_expert, "by GPU": traffic.by_gpu, "by node": traffic.by_node}
 PLACEMENTS = ("in order", "EPLB inside nodes", "EPLB anywhere")
 SHADES = [to_hex(matplotlib.colormaps["cividis"](i / 20)) for i in range(21)]
 WIRES = {"between": ("between nodes", PASSES["communication"]), "inside": ("inside nodes", Fill(WHITE, "|"))}
@@ -46,10 +45,10 @@ class Seen(NamedTuple):
 
     def microseconds(self, way: str, wire: str) -> tuple[float, float]:
         """For each token of a GPU: what the average GPU's wire needs, and the busiest one's."""
-        table, speed = getattr(self.rows[way], wire), getattr(self.cluster, wire)
-        unit = 1e6 * self.row_bytes / speed * self.cluster.size / TOKENS
-        busiest = torch.maximum(table.sum(0), table.sum(1)).max().item()
-        return unit * table.sum().item() / self.cluster.size, unit * busiest
+        rows, micro = self.rows[way], 1e6 * self.cluster.size / TOKENS
+        busiest = getattr(traffic.seconds(rows, self.row_bytes, self.cluster), wire)
+        mean = getattr(rows, wire).sum().item() / self.cluster.size * self.row_bytes / getattr(self.cluster, wire)
+        return micro * mean, micro * busiest
 
     @property
     def fullest(self) -> float:

@@ -10,12 +10,10 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from ..parallel import traffic
-from ..parallel.traffic import Cluster
+from ..parallel.traffic import WAYS, Cluster, Rows
 from .style import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PASSES, PURPLE, VERMILION, WHITE, Picture, ink, styled
 
 FEW = 20                                # colours that are enough here, see `Picture`
-WAYS = {"by expert": traffic.by_expert, "by GPU": traffic.by_gpu, "by node": traffic.by_node}
 
 
 # ---- one token ------------------------------------------------------------------------------------------------------
@@ -45,7 +43,7 @@ def token_on_its_way(token: str, home: int, experts: Sequence[int], of_a_gpu: in
     return picture
 
 
-def traffic_of(way: str, home: int, gpus: Sequence[int], cluster: Cluster) -> traffic.Rows:
+def traffic_of(way: str, home: int, gpus: Sequence[int], cluster: Cluster) -> Rows:
     """The rows of a single token."""
     return WAYS[way](torch.tensor([home]), torch.tensor([list(gpus)]), cluster)
 
