@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..fp8_products import LIFT
 from ..kernels import Permutation, permute, quantize_tiles, sort_by_expert, unpermute
 from ..kernels.fp8_gemm import dequantize_tiles
 
@@ -109,7 +110,7 @@ def dispatch(tokens: Tokens, experts: int, hops: Sequence[Hop], payload: str | N
     trail = []
     for hop in hops:
         experts //= hop.group.size()
-        tokens, step = go(tokens, experts, hop, payload)
+        tokens, step = travel(tokens, experts, hop, payload)
         trail.append(step)
     return tokens, trail
 
@@ -127,7 +128,7 @@ def traffic(trail: Sequence[Step]) -> Traffic:
     return Traffic(sum(step.traffic.copies for step in trail), sum(step.traffic.crossing for step in trail))
 
 
-def go(tokens: Tokens, experts: int, hop: Hop, payload: str | None) -> tuple[Tokens, Step]:
+def travel(tokens: Tokens, experts: int, hop: Hop, payload: str | None) -> tuple[Tokens, Step]:
     """One hop, to members of `experts` experts each."""
     copies, order = fan_out(tokens, hop.group.size(), experts)
     sent = order.ends[:-1].diff(prepend=order.ends.new_zeros(1))
@@ -194,9 +195,9 @@ def send(rows: Tensor, shares: Shares, payload: str | None) -> Tensor:
     if payload == "bf16":
         return all_to_all(rows.bfloat16(), shares).to(rows.dtype)
     if payload == "fp8":
-        codes, scales = quantize_tiles(rows, pow2=True)
+        codes, scales = quantize_tiles(rows * LIFT, pow2=True)                   # gradients may be tiny
         codes = all_to_all(codes.view(torch.uint8), shares).view(codes.dtype)    # not every backend knows FP8
-        return dequantize_tiles(codes, all_to_all(scales.T, shares).T).to(rows.dtype)
+        return dequantize_tiles(codes, all_to_all(scales.T / LIFT, shares).T).to(rows.dtype)
     return all_to_all(rows, shares)
 
 

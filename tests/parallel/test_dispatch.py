@@ -75,10 +75,12 @@ def slope_for(out: Tensor, rank: int) -> Tensor:
     return torch.randn(out.shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64).to(out.dtype)
 
 
-def outcome(experts: Callable, x: Tensor, logits: Tensor, routing: Routing, rank: int) -> dict[str, Tensor]:
-    """Output and gradients of one rank's tokens; gradients of weights are added up in the module."""
+def outcome(experts: Callable, x: Tensor, logits: Tensor, routing: Routing, rank: int,
+            factor: float = 1.0) -> dict[str, Tensor]:
+    """Output and gradients of one rank's tokens; gradients of weights are added up in the module. The gradient of the
+    output is of order `factor`."""
     out = experts(x, routing)
-    out.backward(slope_for(out, rank))
+    out.backward(slope_for(out, rank) * factor)
     return {"out": out.detach(), "x": x.grad, "logits": logits.grad}
 
 
@@ -225,7 +227,8 @@ def test_at_most_m_copies_of_a_token_cross():
 
 
 def what_fp8_does() -> dict[str, float]:
-    """Errors of the layer in float64 relative to an exact exchange; and whether what arrives has been rounded once."""
+    """Errors of the layer in float64 relative to an exact exchange. What arrives has been rounded once, and gradients
+    are rounded alike however small they are."""
     rank, way = dist.get_rank(), two_hops(mesh_of(2))
     x, _, routing = inputs(rank, "any", 2)
     tokens = Tokens(x, routing.experts, routing.weights)
@@ -234,6 +237,8 @@ def what_fp8_does() -> dict[str, float]:
         assert torch.equal(rounded, sent_in_fp8(exact)) and not torch.equal(rounded, exact)
     exact, rounded = (outcome(ParallelExperts(layer(), way, payload), *inputs(rank, "any", 2), rank)
                       for payload in (None, "fp8"))
+    tiny = outcome(ParallelExperts(layer(), way, "fp8"), *inputs(rank, "any", 2), rank, factor=2.0**-40)
+    assert torch.equal(tiny["x"] * 2**40, rounded["x"])
     return {name: ((rounded[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact}
 
 
