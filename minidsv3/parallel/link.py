@@ -77,7 +77,11 @@ class Link(PipelineStage):
         return self._send(super().get_bwd_send_ops(bwd_chunk_id))
 
     def _send(self, messages: list[P2POp]) -> list[P2POp]:
-        """Sends; leaves nothing to do for torch, which would keep what is sent."""
+        """Sends; leaves nothing to do for torch, which would keep what is sent.
+
+        Waiting cannot lock up: orders list a receive where its message is sent, so that whoever receives the oldest
+        message needs none that comes after it.
+        """
         for message in messages:
             self._sent.append(isend(message.tensor, group=message.group, group_dst=message.group_peer))
         self.wait_for_messages(self.chain_length)

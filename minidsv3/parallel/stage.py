@@ -50,6 +50,7 @@ class Objective(NamedTuple):
 
 class Stage(Transformer):
     """Some of a Transformer's layers, under the same names: the stages' state dicts together are the whole model's.
+    What it inherits are the losses; `hidden` and `loss` need all layers.
 
     `layers` is one of the ranges of `split`. MTP modules read the embedding, so the last stage has it too: `embedding`,
     the first stage's own one, if a rank holds both ("physical sharing", section 3.2.3), else a copy; then both copies
