@@ -10,6 +10,7 @@ Master weights and their gradients are FP32. A weight is quantised once an optim
 codes, for Fprop and turned for Dgrad, are two bytes a parameter.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
@@ -40,15 +41,22 @@ class FP8Linear(Linear):
 
 
 class WeightCodes:
-    """A weight's operands for Fprop and Dgrad, made anew when the weight has changed."""
+    """The operands of `weight` for Fprop and Dgrad, made anew when it has changed.
 
-    def __init__(self, products: Products):
-        self.products, self._of, self._operands = products, None, None
+    Every change in place counts up a tensor's version. Only FSDP's does not, which puts other parameters into a module
+    and refills them step by step: those are quantised each time that they are asked for.
+    """
+
+    def __init__(self, products: Products, weight: Tensor):
+        self.products, self._weight = products, weakref.ref(weight)
+        self._state, self._operands = None, None
 
     def __call__(self, weight: Tensor) -> tuple[Operand, Operand]:
-        state = weight._version, weight.data_ptr()      # every change in place counts the version up
-        if self._of != state:
-            self._of, self._operands = state, self.products.weight(weight)
+        if weight is not self._weight():
+            return self.products.weight(weight)
+        state = weight._version, weight.untyped_storage()._cdata        # the latter for `weight.data = other`
+        if self._state != state:
+            self._state, self._operands = state, self.products.weight(weight)
         return self._operands
 
 

@@ -1,13 +1,13 @@
 """FP8 training: three products against float64 and by hand, experts, what stays in higher precision, runs that learn."""
 
+import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from minidsv3 import ModelConfig, Transformer, fp8_ffn, fp8_linear, train
+from minidsv3 import ModelConfig, Transformer, fp8_ffn, fp8_linear, fp8_products, train
 from minidsv3.attention import LatentCache
 from minidsv3.fp8 import FP8Linear, FP8Recipe, to_fp8
 from minidsv3.fp8_linear import WeightCodes
@@ -16,17 +16,17 @@ from minidsv3.kernels import Routing, quantize_blocks
 from minidsv3.layers import Linear, RMSNorm
 from minidsv3.moe import Experts
 from minidsv3.optim import AdamW, Recipe, parameter_groups
-from minidsv3.weight_gradients import Deferrable, WeightGradStore, defer_weight_gradients
+from minidsv3.weight_gradients import defer_weight_gradients
 from fp8_by_hand import Exact, doubt, fake, product_bound, without_rounding
 from tiny import tiny_config, tiny_model, tiny_tokens
-from tiny_run import run_config, write_corpus
+from tiny_run import WORDS, run_config, write_corpus
 
 
 def fp8_linear_of(weight: Tensor, products: Products | None = None) -> FP8Linear:
     matrix = Linear(weight.shape[1], weight.shape[0])
     matrix.weight = torch.nn.Parameter(weight.clone())
     matrix.__class__ = FP8Linear
-    matrix.codes = WeightCodes(products or Products())
+    matrix.codes = WeightCodes(products or Products(), matrix.weight)
     return matrix
 
 
@@ -63,8 +63,6 @@ def test_values_and_gradients_stay_within_what_rounding_can_do(tokens, inputs, o
             (dw, wide_s.T @ wide_x, product_bound(slope.T, doubt(slope, 128, 1).T, x.T, doubt(x, 128, 1).T))]:
         assert got.shape == want.shape
         assert ((got - want).abs() <= bound).all()
-    assert (y.dtype, dw.dtype) == (torch.float64, torch.float64) and three_products(
-        fp8_linear_of(weight), x, slope)[2].dtype == torch.float32
 
 
 def by_hand(x: Tensor, weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,6 +140,29 @@ def test_a_weight_is_quantised_once_between_changes(monkeypatch):
     assert not matrix(x).any() and len(made) == 3
 
 
+def test_a_weight_that_fsdp_puts_in_and_refills_is_never_stale():
+    matrix, x = fp8_linear_of(torch.randn(32, 32)), torch.randn(4, 32)
+    matrix.weight = torch.nn.Parameter(torch.randn(32, 32))
+    assert matrix(x).any()
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(matrix.weight):     # as FSDP gathers
+        matrix.weight.zero_()
+    assert not matrix(x).any()
+
+
+def test_gradients_far_below_the_quantisers_floor_lose_nothing():
+    """A mean over 2^30 tokens instead of one: the same codes, and gradients that are smaller by a power of two."""
+    weight, x, slope = spread(64, 96), spread(48, 96), spread(48, 64).bfloat16()
+    for whole, small in zip(three_products(fp8_linear_of(weight), x, slope)[1:],
+                            three_products(fp8_linear_of(weight), x, slope * 2.0**-30)[1:]):
+        assert whole.any() and torch.equal(small * 2.0**30, whole)
+
+
+def test_without_a_lift_they_would(monkeypatch):
+    monkeypatch.setattr(fp8_products, "LIFT", 1.0)
+    with pytest.raises(AssertionError):
+        test_gradients_far_below_the_quantisers_floor_lose_nothing()
+
+
 def test_the_matrix_of_codes_is_what_multiplies():
     weight = spread(72, 40)
     torch.testing.assert_close(fp8_linear_of(weight).matrix().double(), fake(weight, 128, 128), rtol=1e-6, atol=0)
@@ -149,12 +170,13 @@ def test_the_matrix_of_codes_is_what_multiplies():
 
 # ---- experts --------------------------------------------------------------------------------------------------------
 
-def fp8_experts(config: ModelConfig, products: Products | None = None) -> fp8_ffn.FP8Experts:
+def fp8_experts(config: ModelConfig) -> fp8_ffn.FP8Experts:
     experts = Experts(config)
     for weight in (experts.gate_up_proj, experts.down_proj):
         torch.nn.init.normal_(weight, 0, weight.shape[-1] ** -0.5)
     experts.__class__ = fp8_ffn.FP8Experts
-    experts.gate_up_codes, experts.down_codes = WeightCodes(products or Products()), WeightCodes(products or Products())
+    experts.gate_up_codes = WeightCodes(Products(), experts.gate_up_proj)
+    experts.down_codes = WeightCodes(Products(), experts.down_proj)
     return experts
 
 
@@ -284,8 +306,7 @@ def test_names_and_values_stay_and_so_does_what_is_not_multiplied_in_fp8():
     linears = {name.split(".")[-1] for name, part in model.named_modules() if type(part) is FP8Linear}
     assert linears == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
                        "gate_proj", "up_proj", "down_proj"}
-    assert all(parameter.grad.dtype is torch.float32 for parameter in model.parameters()
-               if gradients(model) and parameter.grad is not None)
+    assert {gradient.dtype for gradient in gradients(model).values()} == {torch.float32}
 
 
 def test_the_router_is_in_fp32_and_the_head_is_no_fp8():
@@ -382,28 +403,27 @@ def test_recipes_that_cannot_be_are_refused(settings, sentence):
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-def test_fp8_learns_as_bf16_does():
-    """30 steps from the same weights on the same batches: the last losses within 1 % of each other, and far below the
-    first. The report finds 0.25 % over many more steps, smoothed."""
+def losses_of_training(precision: str) -> list[float]:
+    """30 steps of 512 tokens on random words, always the same, from the same weights."""
     config = ModelConfig.preset("nano", num_hidden_layers=2, vocab_size=256, num_nextn_predict_layers=0)
-    recipe = replace(Recipe.preset("nano").scaled(30 * 512), warmup_until=512, sequence_length=64)
-    text = torch.tensor(list(Path(__file__).read_bytes()[:512 * 31]))
-    final = {}
-    for precision in ("bf16", "fp8"):
-        torch.manual_seed(0)
-        model = Transformer(config)
-        if precision == "fp8":
-            to_fp8(model)
-        optimizer = AdamW(parameter_groups(model, recipe.weight_decay), lr=1e-3, betas=recipe.betas, eps=recipe.eps)
-        losses = []
-        for step in range(30):
-            tokens = text[step * 512:step * 512 + 513].unfold(0, 65, 64)
-            batch = train.Batch(tokens, torch.zeros_like(tokens))
-            losses.append(train.train_step(model, optimizer, recipe, batch, 512 * step, precision=precision).loss)
-        assert losses[-1] < 0.75 * losses[0]
-        final[precision] = sum(losses[-5:]) / 5
-    assert final["fp8"] != final["bf16"]
-    assert final["fp8"] == pytest.approx(final["bf16"], rel=1e-2)
+    recipe = replace(Recipe.preset("nano").scaled(30 * 512), warmup_until=5 * 512, sequence_length=64, peak_lr=5e-4)
+    words = random.Random(0).choices(WORDS, range(len(WORDS), 0, -1), k=6000)
+    batches = torch.tensor(list(" ".join(words).encode()[:30 * 512 + 1])).unfold(0, 65, 64).split(8)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    if precision == "fp8":
+        to_fp8(model)
+    optimizer = AdamW(parameter_groups(model, recipe.weight_decay), lr=0.0, betas=recipe.betas, eps=recipe.eps)
+    return [train.train_step(model, optimizer, recipe, train.Batch(tokens, torch.zeros_like(tokens)), 512 * step,
+                             precision=precision).loss for step, tokens in enumerate(batches)]
+
+
+def test_fp8_learns_as_bf16_does():
+    """The mean of the last five losses within 1 %. BF16 itself moves by 0.35 % if every weight starts 1 % away; the
+    report finds less than 0.25 % for FP8, smoothed over many more steps."""
+    bf16, fp8 = (losses_of_training(precision) for precision in ("bf16", "fp8"))
+    assert bf16 != fp8 and sum(bf16[-5:]) < 0.25 * sum(bf16[:5])
+    assert sum(fp8[-5:]) == pytest.approx(sum(bf16[-5:]), rel=1e-2)
 
 
 def test_a_run_resumes_bit_for_bit(tmp_path):
