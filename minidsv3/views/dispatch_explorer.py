@@ -86,11 +86,10 @@ def place(load: Tensor, state: dict, cluster: Cluster) -> Placement:
 
 def serving(chosen: Tensor, placed: Placement) -> Tensor:
     """The slot that serves each choice [N, k]: an expert's copies take turns."""
-    flat, copies = chosen.flatten(), placed.logcnt[0]
-    order, counts = flat.argsort(stable=True), flat.bincount(minlength=len(copies))
-    before = (counts.cumsum(0) - counts)[flat[order]]
-    turn = torch.empty_like(flat).scatter(0, order, torch.arange(len(flat)) - before)      # 0, 1, .. of its expert
-    return placed.log2phy[0][flat, turn % copies[flat]].view(chosen.shape)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)                       # choices of one expert stand behind each other
+    turn = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
+    return placed.log2phy[0][flat, turn % placed.logcnt[0][flat]].view(chosen.shape)
 
 
 def facts_of(state: dict) -> dict[str, int]:
