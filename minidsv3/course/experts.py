@@ -517,8 +517,7 @@ PLACE = Exercise(
 
 
 def most_reference(limit: int, between: float, inside: float) -> float:
-    """While a node receives one row, `inside / between` rows can be handed on."""
-    return limit * Cluster(1, 1, between, inside).inside / between
+    return limit * inside / between
 
 
 def most_solution(limit, between, inside):

@@ -30,10 +30,10 @@ class Placement(NamedTuple):
     logcnt: Tensor      # [L, E] int64: copies of each expert
 
 
-def placement(phy2log: Tensor, experts: int) -> Placement:
+def from_slots(phy2log: Tensor, experts: int) -> Placement:
     """The `Placement` that puts expert phy2log[l, s] into slot s of layer l. Raises ValueError if an expert has none.
 
-    `placement(torch.arange(experts)[None], experts)` is what one has without a balancer: experts in order, no copies.
+    `from_slots(torch.arange(experts)[None], experts)` is what one has without a balancer: experts in order, no copies.
     """
     logcnt = torch.stack([row.bincount(minlength=experts) for row in phy2log])
     if logcnt.shape[1] != experts or not logcnt.all():
@@ -108,7 +108,7 @@ def rebalance_experts(load: Tensor, replicas: int, groups: int, nodes: int, gpus
     if groups % nodes:
         groups = nodes = 1
     rows = [_place_layer(row, replicas, groups, nodes, gpus) for row in load.double().tolist()]
-    return placement(torch.tensor(rows), load.shape[1])
+    return from_slots(torch.tensor(rows), load.shape[1])
 
 
 def _place_layer(load: list[float], replicas: int, groups: int, nodes: int, gpus: int) -> list[int]:

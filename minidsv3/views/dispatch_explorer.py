@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..parallel import traffic
-from ..parallel.placement import Placement, gpu_load, placement, rebalance_experts
+from ..parallel.placement import Placement, from_slots, gpu_load, rebalance_experts
 from ..parallel.traffic import WAYS, Cluster, Rows
 from .explore import View, choice, doubling, explore, slider
 from .style import BLACK, DARK, ORANGE, PASSES, VERMILION, WHITE, Fill, Picture, ink, styled
@@ -79,7 +79,7 @@ def place(load: Tensor, state: dict, cluster: Cluster) -> Placement:
     """Experts in order have no copies; EPLB gets one more slot a GPU for each step of `spare`, and knows the load."""
     experts = load.shape[1]
     if state["placement"] == "in order":
-        return placement(torch.arange(experts)[None], experts)
+        return from_slots(torch.arange(experts)[None], experts)
     nodes = cluster.nodes if state["placement"] == "EPLB inside nodes" else 1
     return rebalance_experts(load, experts + state["spare"] * cluster.size, nodes, nodes, cluster.size)
 

@@ -205,7 +205,7 @@ def test_copies_of_one_expert_can_meet_on_one_gpu():
 
 
 def in_order(load):
-    return eplb.placement(torch.arange(load.shape[1]).expand(*load.shape), load.shape[1])
+    return eplb.from_slots(torch.arange(load.shape[1]).expand(*load.shape), load.shape[1])
 
 
 def test_load_of_the_gpus():
@@ -229,10 +229,10 @@ def test_rearranging_alone_repairs_most():
 
 def test_moves_are_counted_by_gpu():
     """Their order inside a GPU is free."""
-    old = eplb.placement(torch.tensor([[0, 1, 2, 3]]), 4)
-    assert eplb.moved(old, eplb.placement(torch.tensor([[1, 0, 3, 2]]), 4), gpus=2) == 0
-    assert eplb.moved(old, eplb.placement(torch.tensor([[2, 1, 0, 3]]), 4), gpus=2) == 2
-    assert eplb.moved(old, eplb.placement(torch.tensor([[2, 3, 0, 1]]), 4), gpus=2) == 4
+    old = eplb.from_slots(torch.tensor([[0, 1, 2, 3]]), 4)
+    assert eplb.moved(old, eplb.from_slots(torch.tensor([[1, 0, 3, 2]]), 4), gpus=2) == 0
+    assert eplb.moved(old, eplb.from_slots(torch.tensor([[2, 1, 0, 3]]), 4), gpus=2) == 2
+    assert eplb.moved(old, eplb.from_slots(torch.tensor([[2, 3, 0, 1]]), 4), gpus=2) == 4
 
 
 # ---- the report's units ---------------------------------------------------------------------------------------------
@@ -286,6 +286,6 @@ def test_refused_packs_and_slots():
     with pytest.raises(ValueError, match="5 items cannot be dealt out to 2 packs"):
         eplb.balanced_packing([1, 2, 3, 4, 5], 2)
     with pytest.raises(ValueError, match="each of 4 experts at least once"):
-        eplb.placement(torch.tensor([[0, 1, 3, 3]]), 4)
+        eplb.from_slots(torch.tensor([[0, 1, 3, 3]]), 4)
     with pytest.raises(ValueError, match="and no other"):
-        eplb.placement(torch.tensor([[0, 1, 2, 3, 4]]), 4)
+        eplb.from_slots(torch.tensor([[0, 1, 2, 3, 4]]), 4)
