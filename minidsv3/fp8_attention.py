@@ -32,6 +32,10 @@ class FP8MLA(MLA):
         c_q, c_kv = linears(x, self.q_a_proj, self.kv_a_proj_with_mqa)
         return _Core.apply(c_q, c_kv, self, context, self.o_proj.weight, *self.expanding())
 
+    def absorbed(self, query: Tensor, cached: Tensor, visible: Tensor | None, lengths: Tensor | None = None) -> Tensor:
+        """As in `MLA`, from a cache of any dtype."""
+        return super().absorbed(query, cached.to(query.dtype), visible, lengths)
+
     def expanding(self) -> tuple[Tensor, ...]:
         """The parameters between the latents and attention."""
         modules = self.q_a_layernorm, self.q_b_proj, self.kv_a_layernorm, self.kv_b_proj

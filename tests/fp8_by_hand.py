@@ -39,7 +39,7 @@ def product_bound(a: Tensor, a_doubt: Tensor, b: Tensor, b_doubt: Tensor) -> Ten
 
 
 class Exact(Products):
-    """Operands that are not quantised and products in their own dtype: with these, every layer must be the plain one."""
+    """Operands that are not quantised and products in their own dtype: with them every layer must be the plain one."""
 
     def tiles(self, x: Tensor, pow2: bool = False) -> Operand:
         x = padded(x)

@@ -52,7 +52,8 @@ def linear_results(remembers: bool) -> list[Tensor]:
 
 def expert_results(remembers: bool) -> list[Tensor]:
     config = tiny_config()
-    x, gain, experts, routing = torch.randn(30, 32), torch.rand(32) + 0.5, fp8_experts(config), chosen("any", config, 30)
+    x, gain, experts = torch.randn(30, 32), torch.rand(32) + 0.5, fp8_experts(config)
+    routing = chosen("any", config, 30)
     given = normed(x, gain)
     y = experts(given if remembers else given.value, routing)
     y.backward(torch.randn(30, 32).bfloat16())
@@ -94,7 +95,8 @@ def attention_inputs(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(*shape, dtype=dtype).requires_grad_() for shape in ((2, 9, 3, 32), (2, 9, 3, 48), (2, 9, 16))]
 
 
-@pytest.mark.parametrize("kernels, dtype, tolerance", [("torch", torch.float64, 1e-13), ("triton", torch.float32, 1e-5)])
+@pytest.mark.parametrize("kernels, dtype, tolerance", [
+    ("torch", torch.float64, 1e-13), ("triton", torch.float32, 1e-5)])
 def test_attention_and_its_gradient_are_the_kernels_definition(kernels, dtype, tolerance):
     inputs, slope = attention_inputs(dtype), torch.randn(2, 9, 3, 32, dtype=dtype)
     want = torch.stack([mla_attention(*(x[row] for x in inputs), torch.tensor([0, 9]), 9, 0.3) for row in range(2)])
@@ -151,15 +153,16 @@ NORMS = 2 * 4       # 1 / rms of each token, for the gradients of the two norms
 
 
 def expected(config: ModelConfig, moe: bool, tokens: int) -> float:
-    """`kept_by_layer`, which has the rows of a balanced expert-parallel layer. Here all experts are on one GPU: the rows
-    that came to them are made again from the norm's input, and there is room for the worst case of padding."""
+    """`kept_by_layer`, which has the rows of a balanced expert-parallel layer. Here all experts are on one GPU: what
+    came to them is made again from the norm's input, and there is room for the worst case of padding."""
     kept = {row.name: row.bytes("fp8") for row in kept_by_layer(config, moe)}
     if not moe:
         return sum(kept.values()) + NORMS
     del kept["rows that came to the experts"]
     chosen, experts = config.num_experts_per_tok, config.n_routed_experts
     rows = -(-(tokens * chosen + experts * 127) // 128) * 128
-    kept["gate and up of the experts"] = rows / tokens * Kept("", config.moe_intermediate_size, "product", 2).bytes("fp8")
+    row = Kept("gate and up", config.moe_intermediate_size, "product", rows=2).bytes("fp8")
+    kept["gate and up of the experts"] = rows / tokens * row
     order = chosen * (8 + 4 + 4) + 4 * rows / tokens + 4 * experts / tokens     # experts, weights, rows; sources; ends
     return sum(kept.values()) + NORMS + order
 
