@@ -16,6 +16,7 @@ from minidsv3.kernels import Routing, quantize_blocks, use_kernels
 from minidsv3.layers import Linear, RMSNorm
 from minidsv3.moe import Experts
 from minidsv3.optim import AdamW, Recipe, parameter_groups
+from minidsv3.parallel.stage import Objective, Stage, split
 from minidsv3.weight_gradients import defer_weight_gradients
 from fp8_by_hand import Exact, doubt, fake, product_bound, without_rounding
 from tiny import tiny_config, tiny_model, tiny_tokens
@@ -144,6 +145,15 @@ def test_a_weight_is_quantised_once_between_changes(monkeypatch):
     assert not torch.equal(matrix(x), before) and len(made) == 2
     matrix.weight.data = torch.zeros(32, 32)
     assert not matrix(x).any() and len(made) == 3
+
+
+def test_a_fused_optimiser_changes_the_codes_too():
+    """Its kernels leave the version of a weight alone."""
+    matrix, x = fp8_linear_of(torch.randn(32, 32)), torch.randn(4, 32)
+    before = matrix(x)
+    before.sum().backward()
+    torch.optim.AdamW(matrix.parameters(), lr=1.0, fused=True).step()
+    assert not torch.equal(matrix(x), before)
 
 
 def test_a_weight_that_fsdp_puts_in_and_refills_is_never_stale():
@@ -340,6 +350,20 @@ def test_the_router_is_in_fp32_and_the_head_is_no_fp8():
     torch.testing.assert_close(router.weight.grad.double(), want, rtol=0, atol=1e-6 * want.abs().max().item())
     want = seen["head"].double().flatten(0, 1).T @ seen["h"].double().flatten(0, 1)
     torch.testing.assert_close(model.lm_head.weight.grad.double(), want, rtol=0, atol=2**-7 * want.abs().max().item())
+
+
+def test_stages_of_a_pipeline_are_the_model():
+    model = to_fp8(tiny_model(dtype=torch.float32))
+    want, tokens = gradients(model), tiny_tokens(2, 33, 0)
+    stages = [Stage(model.config, layers, precision="fp8") for layers in split(model.config, 2)]
+    for stage in stages:
+        stage.load_whole(tiny_model(dtype=torch.float32).state_dict())
+        stage.begin_step(Objective(mtp_weight=0.3, balance_weight=1e-3))
+    stages[1](stages[0](tokens), tokens).backward()
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if "embed_tokens" not in name:                     # a copy in each stage
+                assert torch.equal(parameter.grad, want[name]), name
 
 
 def test_a_model_without_layers_is_refused():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..attention import make_context
 from ..block import Block
 from ..config import ModelConfig
+from ..fp8 import to_fp8
 from ..kernels import Routing
 from ..layers import Linear, RMSNorm
 from ..model import Transformer
@@ -73,6 +74,8 @@ class Stage(Transformer):
         for layer in self._ahead:
             blocks[str(layer)] = MTPModule(config, layer, ends["embed_tokens"], self.lm_head)
         self.model = nn.ModuleDict(ends | {"layers": nn.ModuleDict(blocks)})
+        if precision == "fp8":
+            to_fp8(self)
         self.begin_step(Objective())
 
     @property
@@ -111,7 +114,7 @@ class Stage(Transformer):
 
         Returns hidden [B, T, hidden], or in the last stage its share of the batch's loss, a scalar.
         """
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision != "fp32"):
             return self._forward(x, labels, documents)
 
     def _forward(self, x: Tensor, labels: Tensor | None, documents: Tensor | None) -> Tensor:
