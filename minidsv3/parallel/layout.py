@@ -18,6 +18,7 @@ from ..cost import Weight, layer_weights, main_weights, mtp_weights
 from .schedule import Orders, dualpipe, dualpipev, one_f_one_b, zb1p
 from .stage import split
 
+NODE = 8                            # GPUs that NVLink joins (section 3.1)
 SCHEDULES: dict[str, Callable[[int, int], Orders]] = {
     "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe, "dualpipev": dualpipev}
 
@@ -60,6 +61,8 @@ class Layout:
             raise ValueError(f"ep is {self.ep}; it must divide the {self.dp} GPUs that hold one pipeline rank (gpus / pp)")
         if self.config.n_routed_experts % self.ep:
             raise ValueError(f"ep is {self.ep}; it must divide the {self.config.n_routed_experts} routed experts of a layer")
+        if self.ep % self.nodes:
+            raise ValueError(f"ep is {self.ep}; more than {NODE} must fill whole nodes of {NODE} GPUs")
         self.orders, self.pieces        # both refuse what they cannot do
 
     @property
@@ -69,6 +72,11 @@ class Layout:
     @property
     def edp(self) -> int:
         return self.dp // self.ep
+
+    @property
+    def nodes(self) -> int:
+        """Nodes on which the ranks of ep stand."""
+        return -(-self.ep // NODE)
 
     @property
     def tokens(self) -> int:

@@ -1,6 +1,7 @@
 """What one GPU of a layout holds, in bytes: counted from shapes alone (report sections 3.2.3, 3.3.3).
 
-    weights       the copies that are multiplied; a GPU keeps those of its stages and of its share of the experts whole
+    weights       what is multiplied: all tensors of a GPU's stages, its share of the experts, whole. FP8 codes lie there
+                  twice, as they are for Fprop and turned for Dgrad: tensor cores read FP8 along the sum
     gradients     FP32, added up over a step's micro-batches, whole as well
     optimiser     FP32 master weights and Adam's moments, sharded: over dp, for experts over edp ("ZeRO-1")
     activations   what a forward leaves for its backward, times the micro-batches in flight
@@ -23,9 +24,9 @@ from .schedule import Action, Overlapped
 MASTER = 4                          # bytes of an FP32 master weight
 SLOTS = 2                           # receive buffers of each kind: one arrives while another is read
 TILE = 128                          # values that share an FP32 scale
-BITS = {"fp32": {"wide": 32, "product": 32, "attention": 32, "exact": 32},
-        "bf16": {"wide": 16, "product": 16, "attention": 16, "exact": 32},
-        "fp8": {"wide": 16, "product": 8, "attention": 12, "exact": 32}}
+BITS = {"fp32": {"stream": 32, "wide": 32, "product": 32, "attention": 32, "exact": 32},
+        "bf16": {"stream": 16, "wide": 16, "product": 16, "attention": 16, "exact": 32},
+        "fp8": {"stream": 16, "wide": 16, "product": 8, "attention": 12, "exact": 32}}
 
 
 class Kept(NamedTuple):
@@ -33,7 +34,7 @@ class Kept(NamedTuple):
 
     name: str
     width: int
-    kind: str                       # "wide": BF16; "product": input of FP8 products; "attention": E5M6; "exact": FP32
+    kind: str                       # of BITS: the residual stream, other BF16, what FP8 products take, E5M6, FP32
     rows: int = 1
 
     def bytes(self, precision: str) -> int:
@@ -47,12 +48,12 @@ def kept_by_layer(config: ModelConfig, moe: bool) -> list[Kept]:
     """What one layer keeps: the places where recomputation starts, and what cannot be recomputed cheaply."""
     d, heads, width = config.hidden_size, config.num_attention_heads, config.moe_intermediate_size
     attention = [
-        Kept("input of the attention's norm", d, "wide"),
+        Kept("input of the attention's norm", d, "stream"),
         Kept("latents before their norms, with the rotary key",
              config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim, "wide"),
         Kept("output of attention", heads * config.v_head_dim, "attention"),
         Kept("log-sum-exp of attention", heads, "exact"),
-        Kept("input of the FFN's norm", d, "wide"),
+        Kept("input of the FFN's norm", d, "stream"),
     ]
     if not moe:
         return attention + [Kept("gate and up", config.intermediate_size, "product", rows=2)]
@@ -70,11 +71,11 @@ def kept_by_stage(config: ModelConfig, piece: Piece) -> list[Kept]:
     d = config.hidden_size
     kept = [each for layer in piece.layers for each in kept_by_layer(config, config.is_moe(layer))]
     if not piece.last:
-        return kept + [Kept("output, which torch's runtime holds to start the backward from", d, "wide")]
-    kept.append(Kept("input of the final norm", d, "wide"))
+        return kept + [Kept("output, which torch's runtime holds to start the backward from", d, "stream")]
+    kept.append(Kept("input of the final norm", d, "stream"))
     for _ in range(config.num_nextn_predict_layers):
-        kept += [Kept("input of the MTP module", d, "wide"), Kept("its embedded tokens", d, "wide"),
-                 *kept_by_layer(config, moe=True), Kept("input of its head's norm", d, "wide")]
+        kept += [Kept("input of the MTP module", d, "stream"), Kept("its embedded tokens", d, "stream"),
+                 *kept_by_layer(config, moe=True), Kept("input of its head's norm", d, "stream")]
     return kept
 
 
@@ -90,6 +91,9 @@ class Memory:
     activations: int
     buffers: int
     in_flight: int                  # chunks at the peak
+    # not in `total`: where our engine holds more than the report's has to
+    gathered: int                   # FSDP gathers the shards in FP32, and what is multiplied in BF16 stays FP32 too
+    stream: int                     # under autocast the residual stream is FP32
 
     @property
     def total(self) -> int:
@@ -108,22 +112,35 @@ def memory(layout: Layout, rank: int, precision: str = "fp8") -> Memory:
     weights = layout.weights(rank)
     learned = [weight for weight in weights if weight.part != "biases"]
     each = TRAINING_BYTES[precision]
+    kept = {piece.stage: kept_by_stage(layout.config, piece) for piece in layout.held(rank)}
     in_flight, activations = peak(layout.orders[rank], {
-        piece.stage: layout.sequence * sum(kept.bytes(precision) for kept in kept_by_stage(layout.config, piece))
-        for piece in layout.held(rank)})
+        stage: layout.sequence * sum(each.bytes(precision) for each in found) for stage, found in kept.items()})
+    _, stream = peak(layout.orders[rank], {
+        stage: layout.sequence * sum(each.bytes(precision) for each in found if each.kind == "stream")
+        for stage, found in kept.items()})
     return Memory(
         parameters=count(weights), experts=count(weight for weight in weights if weight.part == "routed"),
         weights=sum(weight_bytes(weight, precision) for weight in weights),
         gradients=each.gradient * count(learned),
         optimiser=(MASTER + each.moments) * sum(shard(layout, weight) for weight in learned),
-        activations=activations, buffers=buffers(layout, rank, precision), in_flight=in_flight)
+        activations=activations, buffers=buffers(layout, rank, precision), in_flight=in_flight,
+        gathered=MASTER * count(learned) - sum(weight_bytes(weight, precision) for weight in learned
+                                               if format_of(weight, precision) != "fp8"),
+        stream=0 if precision == "fp32" else stream)
+
+
+def format_of(weight: Weight, precision: str) -> str:
+    """How a tensor that is multiplied is stored. The report multiplies in FP8 what the released checkpoint has in FP8."""
+    return weight.storage if precision == "fp8" or weight.storage == "fp32" else precision
 
 
 def weight_bytes(weight: Weight, precision: str) -> int:
-    """Bytes of all copies of a tensor as it is multiplied. Only what the report multiplies in FP8 is stored in FP8."""
-    kind = weight.storage if precision == "fp8" or weight.storage == "fp32" else precision
-    blocks = -(-weight.shape[0] // TILE) * -(-weight.shape[-1] // TILE) if kind == "fp8" else 0
-    return weight.copies * (weight.size * VALUE_BYTES[kind] + 4 * blocks)
+    """Bytes of all copies of a tensor: FP8 with an FP32 scale for each 128 x 128 block, and twice."""
+    kind = format_of(weight, precision)
+    if kind != "fp8":
+        return weight.copies * weight.size * VALUE_BYTES[kind]
+    rows, columns = weight.shape
+    return 2 * weight.copies * (weight.size + 4 * -(-rows // TILE) * -(-columns // TILE))
 
 
 def shard(layout: Layout, weight: Weight) -> int:

@@ -1,0 +1,166 @@
+"""A plan as text: aligned columns, units, and where each number comes from.
+
+    report       printed in DeepSeek-V3's report                derived     computed here, from shapes, orders or rates
+    published    by its authors elsewhere: arXiv 2505.09343     built       counted on the objects that would train
+"""
+
+from collections.abc import Iterable, Sequence
+
+from ..cost import parameters
+from .layout import NODE
+from .memory import BITS
+from .plan import Plan
+from .schedule import Overlapped
+from .step_time import PUBLISHED, TABLE_4, TRACE_BLOCK, TRACE_EXCHANGE, TRACE_HIDDEN, TRACE_LAYERS, rates
+
+LABEL, COLUMN = 46, 17
+
+
+def row(label: str, values: Iterable[str], mark: str = "") -> str:
+    return f"{label:{LABEL}}" + "".join(f"{value:>{COLUMN}}" for value in values) + f"   {mark}".rstrip()
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """All of it."""
+    return [*layout_lines(plan), "", *memory_lines(plan), "", *link_lines(plan), "", *step_lines(plan), "",
+            *open_lines(plan)]
+
+
+# ---- layout and memory ----------------------------------------------------------------------------------------------
+
+def layout_lines(plan: Plan) -> list[str]:
+    layout, config = plan.layout, plan.layout.config
+    whole = parameters(config)
+    sizes = " ".join(str(len(piece.layers)) for piece in layout.pieces)
+    lines = [
+        f"{layout.gpus:,} GPUs = pp {layout.pp} x dp {layout.dp}, dp = edp {layout.edp} x ep {layout.ep}, "
+        f"ep on {layout.nodes} {'node' if layout.nodes == 1 else 'nodes'} of at most {NODE}",
+        f"{layout.schedule}, {layout.micro_batches} micro-batches of one sequence of {layout.sequence:,} tokens in each of "
+        f"{layout.dp} pipelines: {layout.tokens:,} tokens a step, {plan.precision}",
+        f"layers of the stages: {sizes}; the first has the embedding, the last the head and MTP (the report gives no split)",
+        f"all pipeline ranks hold {whole.main:,} values of the main model and {whole.mtp:,} of MTP"]
+    return lines + [f"  and {values:,} once more: {what}" for what, values in layout.copies]
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """The table of bytes on one GPU for each kind of rank."""
+    ours = [kind.memory[plan.precision] for kind in plan.ranks]
+    built = [kind.built for kind in plan.ranks]
+    large = max(memory.total for memory in ours) > 1e9
+
+    def gb(label: str, values: Sequence[int], mark: str = "derived") -> str:
+        return row(label, (f"{value / (1e9 if large else 1e6):.2f}" for value in values), mark)
+
+    def each(name: str) -> list[int]:
+        return [getattr(memory, name) for memory in ours]
+
+    same = all(kind.agrees(plan.precision) for kind in plan.ranks)
+    return [
+        row(f"{'GB (10^9' if large else 'MB (10^6'} bytes) on one GPU, {plan.precision}", (ranks_of(kind.ranks) for kind in plan.ranks)),
+        row("stages", (", ".join(str(piece.stage) for piece in plan.layout.held(kind.ranks[0])) for kind in plan.ranks)),
+        row("values held", (f"{count.parameters:,}" for count in built), "built"),
+        row("  of them in routed experts", (f"{count.experts:,}" for count in built), "built"),
+        gb("weights" + (", FP8 twice" if plan.precision == "fp8" else ""), each("weights")),
+        gb("gradients, FP32", each("gradients")),
+        gb("optimiser: FP32 masters and moments, sharded", [count.masters + count.moments for count in built], "built"),
+        gb("activations, with recomputation", each("activations")),
+        row("  micro-batches in flight", (str(value) for value in each("in_flight")), "derived"),
+        gb("buffers: receiving, experts' rows", each("buffers")),
+        gb("sum" + " (an H800 has 80)" * large, each("total")),
+        *(gb(f"  in {name}", [kind.memory[name].total for kind in plan.ranks]) for name in BITS
+          if name != plan.precision),
+        gb("ours adds: FSDP gathers weights in FP32", each("gathered")),
+        gb("ours adds: the residual stream is FP32", each("stream")),
+        row("actions of torch's schedule in a step", (str(count.actions) for count in built), "built"),
+        "built on a fake process group with tensors on meta; " + (
+            "values and optimiser are those computed from shapes" if same else
+            "values or optimiser DIFFER from those computed from shapes, which are of the first data rank"),
+        "not counted: CUDA context, NCCL, fragmentation, workspace of the layer being computed"]
+
+
+def ranks_of(ranks: Sequence[int]) -> str:
+    """"rank 0", "ranks 0, 15", "ranks 1-14"."""
+    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]}-{ranks[-1]}"
+    return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(map(str, ranks))
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+def link_lines(plan: Plan) -> list[str]:
+    links = plan.links
+    return [
+        row("exchange between experts, one MoE layer", ("InfiniBand", "NVLink")),
+        row("rows a token sends (balanced random choices)", (f"{links.between_rows:.2f}", f"{links.inside_rows:.2f}"), "derived"),
+        row("MB, dispatch and combine", (f"{links.between_bytes / 1e6:.1f}", f"{links.inside_bytes / 1e6:.1f}"), "derived"),
+        row("ms at 50 and 160 GB/s", (f"{links.between_seconds * 1e3:.2f}", f"{links.inside_seconds * 1e3:.2f}"), "derived")]
+
+
+def step_lines(plan: Plan) -> list[str]:
+    """What each source of durations makes of a chunk, of the schedule and of a step, beside the published figures."""
+    steps, published = plan.steps, is_published(plan)
+    lines = [row("durations from", ["public trace", "table 4", "published"][:len(steps) + published])]
+
+    def add(label: str, values: Iterable[str], known: str = "", mark: str = "published") -> None:
+        lines.append(row(label, [*values, known] if published else values,
+                         f"derived; {mark}" if published and known else "derived"))
+
+    for label, name in CHUNK.items():
+        add(label, (f"{1e3 * getattr(step.durations, name):.4g}" for step in steps))
+    spans = [(min(step.timeline.idle), max(step.timeline.idle)) for step in steps]
+    add("all micro-batches, s", (f"{step.timeline.makespan:.4g}" for step in steps), f"{MEASURED_MAKESPAN:.4g}")
+    add("  of it bubble, on the ranks", (f"{least:.3g} to {most:.3g}" for least, most in spans), f"{TABLE_4['bubble']}")
+    add("optimiser, s", (f"{step.optimiser:.3g}" for step in steps), f"{TABLE_4['optimiser']}")
+    found = [rates(plan.layout, step.seconds) for step in steps]
+    for name, label, form, mark in RATES:
+        add(label, (form(getattr(rate, name)) for rate in found), form(getattr(PUBLISHED, name)), mark)
+    return lines
+
+
+def is_published(plan: Plan) -> bool:
+    """Whether the layout is the one of which figures were published."""
+    return len(plan.steps) > 1
+
+
+CHUNK = {"one chunk, ms: F": "forward", "  I, backward for the input": "backward_input",
+         "  W, backward for the weights": "backward_weight", "  F&B block": "overlapped",
+         "  exchange that a lone F or I waits for": "communication"}
+MEASURED_MAKESPAN = sum(TABLE_4.values()) - TABLE_4["optimiser"]
+RATES = [
+    ("step_seconds", "step, s", lambda value: f"{value:.4g}", "published"),
+    ("tokens_per_day", "10^9 tokens a day", lambda value: f"{value / 1e9:,.1f}", "published"),
+    ("hours_per_trillion", "GPU hours for 10^12 tokens", lambda value: f"{value:,.0f}", "report"),
+    ("days_per_trillion", "days for 10^12 tokens", lambda value: f"{value:,.1f}", "report"),
+    ("tflops", "TFLOPS of a GPU, attention counted causal", lambda value: f"{value:.0f}", "published"),
+    ("tflops_not_causal", "  not causal", lambda value: f"{value:.0f}", "published"),
+    ("mfu", "MFU, share of the BF16 peak, causal", lambda value: f"{value:.1%}", "published"),
+    ("mfu_not_causal", "  not causal", lambda value: f"{value:.1%}", "published"),
+]
+
+
+# ---- what the numbers cannot say --------------------------------------------------------------------------------
+
+def open_lines(plan: Plan) -> list[str]:
+    """Where durations come from, and what stays unexplained."""
+    step = plan.steps[0]
+    work = step.timeline.makespan - sum(step.timeline.idle) / len(step.timeline.idle)
+    unequal = [f"- stages count as equally long, but one rank has {plan.heaviest:.2f} times the mean FLOPs: "
+               f"about {work * plan.heaviest:.4g} s of work that no order shortens"]
+    if not is_published(plan):
+        return ["- durations are those of a public trace of the full model on H800s, scaled by FLOPs; smaller products, "
+                "and other GPUs, take longer than that", *unequal]
+    least, most = (TABLE_4["bubble"] - idle for idle in (max(plan.steps[1].timeline.idle),
+                                                         min(plan.steps[1].timeline.idle)))
+    blocks = [sum(isinstance(action, Overlapped) for action in order) for order in plan.layout.orders]
+    per_block = [TABLE_4["F&B"] / count * 1e3 for count in (max(blocks), min(blocks))]
+    exchange = 2 * TRACE_LAYERS * plan.links.seconds * 1e3
+    return [
+        "what stays unexplained",
+        f"- with table 4's own durations the order leaves {least:.2f} to {most:.2f} s of the published bubble of "
+        f"{TABLE_4['bubble']} s open; unequal stages,",
+        "  unbalanced routing and sends between ranks are not simulated, and nothing here says which it is",
+        f"- table 4 gives an F&B block {per_block[0]:.0f} to {per_block[1]:.0f} ms ({min(blocks)} to {max(blocks)} a rank); "
+        f"the trace shows one of {TRACE_BLOCK * 1e3:.0f} ms, routing balanced, nothing sent",
+        f"- at full link speed the exchanges of that block take {exchange:.0f} ms; in the trace they take "
+        f"{TRACE_EXCHANGE * 1e3:.0f} ms, {TRACE_HIDDEN:.0%} of it hidden behind work",
+        *unequal]
