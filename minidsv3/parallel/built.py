@@ -72,7 +72,7 @@ def moment_bytes(weights: dict[str, Tensor], moments: torch.dtype) -> int:
 
 def torch_order(pipeline: Pipeline, layout: Layout) -> list[_Action]:
     """All that torch's runtime will do on this rank in a step, with sends and receives where it lists them."""
-    schedule = pipeline._build(layout.micro_batches, layout.sequence)
+    schedule = pipeline.schedule_of(layout.micro_batches, layout.sequence)
     orders = getattr(schedule, "pipeline_order_with_comms", None) or schedule._get_pipeline_order()
     return [action for action in orders[pipeline.rank] if action is not None]
 

@@ -105,7 +105,7 @@ class Pipeline:
         for stage in self.stages:
             stage.begin_step(objective)
         arguments, keywords = self._feed(tokens.to(self.device), documents)
-        schedule = self._schedule(micro_batches, tokens.shape[1] - 1)
+        schedule = self.schedule_of(micro_batches, tokens.shape[1] - 1)
         schedule.step(*arguments, return_outputs=False, **keywords)
         for link in schedule._stages:
             link.wait_for_messages()
@@ -130,7 +130,7 @@ class Pipeline:
             return sequences
         return sequences.chunk(2)[place.direction == "b"]
 
-    def _schedule(self, micro_batches: int, length: int) -> _PipelineScheduleRuntime:
+    def schedule_of(self, micro_batches: int, length: int) -> _PipelineScheduleRuntime:
         """torch's object that runs a batch; made anew when the batch's shape changes."""
         if (micro_batches, length) not in self._built:
             self._built = {(micro_batches, length): self._build(micro_batches, length)}
