@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .accumulate import accumulate
 from .formats import E4M3, E5M2, Format, tile_scale
-from .fp8_products import LIFT, Operand, Products, exact, lowered, padded
+from .fp8_products import LIFT, Operand, Products, WeightOperands, exact, lowered, padded
 from .kernels.fp8_grouped_gemm import spans
 from .kernels.quantize import TILE
 
@@ -42,9 +42,9 @@ class Ablated(Products):
     def slope_columns(self, slope: Tensor, pow2: bool = False) -> Operand:
         return lowered(quantize(padded(slope * LIFT).T, self.gradient, self.slope, pow2 or self.pow2))
 
-    def weight(self, weight: Tensor) -> tuple[Operand, Operand]:
+    def weight(self, weight: Tensor) -> WeightOperands:
         """Scales [.., ceil(K / 128), N] here, as of tiles."""
-        return tuple(quantize(x, E4M3, self.block, self.pow2) for x in (padded(weight), padded(weight).mT))
+        return WeightOperands(*(quantize(x, E4M3, self.block, self.pow2) for x in (padded(weight), padded(weight).mT)))
 
     def weight_values(self, operand: Operand) -> Tensor:
         return operand.values(torch.float32)

@@ -60,7 +60,7 @@ class _Core(torch.autograd.Function):
         out, log_sum = attend(*mla.expand(c_q, c_kv, context), mla.scale)
         out = out.flatten(2)
         ctx.save_for_backward(c_q, c_kv, log_sum, *quantize_e5m6(out.flatten(0, 1)))
-        ctx.mla, ctx.context, ctx.turned = mla, context, mla.o_proj.codes(mla.o_proj.weight)[1]
+        ctx.mla, ctx.context = mla, context
         return forward(out, (mla.o_proj,))[0]
 
     @staticmethod
@@ -69,7 +69,8 @@ class _Core(torch.autograd.Function):
         c_q, c_kv, log_sum, *kept = ctx.saved_tensors
         shape, slope = slope.shape[:-1], slope.flatten(0, -2)
         out = dequantize_e5m6(*kept, mla.o_proj.in_features)
-        d_out = products.multiply(products.slope_tiles(slope), ctx.turned)[:len(out), :out.shape[1]]
+        turned = mla.o_proj.codes(mla.o_proj.weight).turned
+        d_out = products.multiply(products.slope_tiles(slope), turned)[:len(out), :out.shape[1]]
         d_o_proj = weight_gradient(mla.o_proj, mla.o_proj.weight, products.weight_gradient,
                                    products.slope_columns(slope), products.columns(out, mla.o_proj.pow2))
 

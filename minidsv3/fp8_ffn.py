@@ -38,10 +38,9 @@ class _Down(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, down: FP8Linear, weight: Tensor) -> Tensor:
         products, shape = down.codes.products, gate.shape[:-1]
         gate, up = gate.flatten(0, -2), up.flatten(0, -2)
-        straight, ctx.turned = down.codes(weight)
         ctx.save_for_backward(*cached(gate), *cached(up))
         ctx.down = down
-        y = products.multiply(products.swiglu_tiles(gate, up), straight)
+        y = products.multiply(products.swiglu_tiles(gate, up), down.codes(weight).straight)
         return y[:len(gate), :down.out_features].unflatten(0, shape)
 
     @staticmethod
@@ -49,7 +48,7 @@ class _Down(torch.autograd.Function):
         gate, up = Operand(*ctx.saved_tensors[:2]), Operand(*ctx.saved_tensors[2:])
         down, products, shape = ctx.down, ctx.down.codes.products, slope.shape[:-1]
         slope = slope.flatten(0, -2)
-        d_hidden = products.multiply(products.slope_tiles(slope), ctx.turned)
+        d_hidden = products.multiply(products.slope_tiles(slope), down.codes(down.weight).turned)
         d_gate, d_up, hidden = products.swiglu_backward(gate, up, d_hidden)
         gradient = weight_gradient(down, down.weight, products.weight_gradient, products.slope_columns(slope), hidden)
         d_gate, d_up = (x[:len(slope), :down.in_features].unflatten(0, shape) for x in (d_gate, d_up))
@@ -77,19 +76,19 @@ class _Dispatched(torch.autograd.Function):
     def forward(ctx, x: Tensor, normed: Normed | None, experts: FP8Experts, order: Permutation,
                 weight: Tensor) -> Tensor:
         products = experts.gate_up_codes.products
-        straight, ctx.turned = experts.gate_up_codes(weight)
         tokens = products.tiles(x, pow2=True).rows(len(x))
         saved, ctx.again = remembered(x, normed, lambda x: products.tiles(x, pow2=True).rows(len(x)))
         ctx.save_for_backward(*order, *saved)
         ctx.experts, ctx.width = experts, x.shape[1]
         rows = products.dispatch(tokens, order)
-        return products.multiply_groups(rows, straight, order.ends)[:, :weight.shape[1]]
+        return products.multiply_groups(rows, experts.gate_up_codes(weight).straight, order.ends)[:, :weight.shape[1]]
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple:
         experts, products = ctx.experts, ctx.experts.gate_up_codes.products
         order, tokens = Permutation(*ctx.saved_tensors[:3]), ctx.again(ctx.saved_tensors[3:])
-        d_rows = products.multiply_groups(products.slope_tiles(slope), ctx.turned, order.ends)
+        turned = experts.gate_up_codes(experts.gate_up_proj).turned
+        d_rows = products.multiply_groups(products.slope_tiles(slope), turned, order.ends)
         dx = unpermute(d_rows[:, :ctx.width], order)
         x = products.columns(permute(tokens.values(), order), pow2=True)
         gradient = weight_gradient(experts, experts.gate_up_proj, products.group_gradients,
@@ -105,7 +104,7 @@ class _Combined(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, weights: Tensor, experts: FP8Experts, order: Permutation,
                 weight: Tensor) -> Tensor:
         products = experts.down_codes.products
-        straight, ctx.turned = experts.down_codes(weight)
+        straight = experts.down_codes(weight).straight
         gate, up = gate_up.chunk(2, -1)
         ctx.save_for_backward(weights, *order, *cached(gate), *cached(up))
         ctx.experts = experts
@@ -120,7 +119,8 @@ class _Combined(torch.autograd.Function):
         factors, width = by_row(weights, order), experts.down_proj.shape[2]
 
         tokens = products.slope_tiles(slope, pow2=True).rows(len(slope))
-        d_hidden = products.multiply_groups(products.dispatch(tokens, order), ctx.turned, order.ends)
+        turned = experts.down_codes(experts.down_proj).turned
+        d_hidden = products.multiply_groups(products.dispatch(tokens, order), turned, order.ends)
         weighted_up = Operand(up.codes, up.scales * factors)
         d_gate, d_up, hidden = products.swiglu_backward(gate, weighted_up, d_hidden)
         d_weights = (up.values(torch.float32) * d_up).sum(1)[order.rows].to(weights.dtype)     # <h, d_hidden>

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .fp8_products import Operand, Products
+from .fp8_products import Operand, Products, WeightOperands
 from .kernels import rms_norm
 from .layers import Linear
 from .recompute import Normed
@@ -37,7 +37,7 @@ class FP8Linear(Linear):
     def matrix(self) -> Tensor:
         """What the weight's codes stand for, in FP32."""
         products = self.codes.products
-        return products.weight_values(self.codes(self.weight)[0])[:self.out_features, :self.in_features]
+        return products.weight_values(self.codes(self.weight).straight)[:self.out_features, :self.in_features]
 
 
 class WeightCodes:
@@ -51,7 +51,7 @@ class WeightCodes:
         self.products, self._weight = products, weakref.ref(weight)
         self._state, self._operands = None, None
 
-    def __call__(self, weight: Tensor) -> tuple[Operand, Operand]:
+    def __call__(self, weight: Tensor) -> WeightOperands:
         if weight is not self._weight():
             return self.products.weight(weight)
         state = weight._version, weight.untyped_storage()._cdata        # the latter for `weight.data = other`
@@ -80,7 +80,7 @@ def forward(x: Tensor, matrices: tuple[FP8Linear, ...]) -> tuple[Tensor, ...]:
     """The forward products alone, without a graph."""
     products, flat = matrices[0].codes.products, x.flatten(0, -2)
     tiles = products.tiles(flat, matrices[0].pow2)
-    outputs = (products.multiply(tiles, matrix.codes(matrix.weight)[0]) for matrix in matrices)
+    outputs = (products.multiply(tiles, matrix.codes(matrix.weight).straight) for matrix in matrices)
     return tuple(y[:len(flat), :matrix.out_features].unflatten(0, x.shape[:-1]) for y, matrix in zip(outputs, matrices))
 
 
@@ -89,7 +89,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, normed: Normed | None, matrices: tuple[FP8Linear, ...], *weights: Tensor) -> tuple:
         products = matrices[0].codes.products
-        ctx.matrices, ctx.turned = matrices, [matrix.codes(matrix.weight)[1] for matrix in matrices]
+        ctx.matrices = matrices
         saved, ctx.again = remembered(x, normed, lambda x: products.columns(x.flatten(0, -2), matrices[0].pow2))
         ctx.save_for_backward(*saved)
         return forward(x, matrices)
@@ -98,9 +98,9 @@ class _Linears(torch.autograd.Function):
     def backward(ctx, *slopes: Tensor) -> tuple:
         products, columns, shape = ctx.matrices[0].codes.products, ctx.again(ctx.saved_tensors), slopes[0].shape[:-1]
         parts, gradients = [], []
-        for matrix, turned, slope in zip(ctx.matrices, ctx.turned, slopes):
+        for matrix, slope in zip(ctx.matrices, slopes):
             slope = slope.flatten(0, -2)
-            parts.append(products.multiply(products.slope_tiles(slope), turned))
+            parts.append(products.multiply(products.slope_tiles(slope), matrix.codes(matrix.weight).turned))
             gradients.append(weight_gradient(matrix, matrix.weight, products.weight_gradient,
                                              products.slope_columns(slope), columns))
         dx = sum(parts[1:], start=parts[0])[:shape.numel(), :ctx.matrices[0].in_features]

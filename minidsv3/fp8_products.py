@@ -44,6 +44,13 @@ class Operand(NamedTuple):
         return dequantize_tiles(self.codes, self.scales).to(dtype)
 
 
+class WeightOperands(NamedTuple):
+    """A weight for Fprop, summed over its inputs, and turned for Dgrad, summed over its outputs."""
+
+    straight: Operand
+    turned: Operand
+
+
 class Products:
     """The report's choice: E4M3 for all, gradients too; scales in tiles; promotion after each 128 of the sum.
 
@@ -72,10 +79,10 @@ class Products:
         """`columns` of a gradient."""
         return lowered(self.columns(slope * LIFT, pow2))
 
-    def weight(self, weight: Tensor) -> tuple[Operand, Operand]:
-        """weight [.., N, K] for Fprop and, turned, for Dgrad: one quantisation, since a block is square."""
+    def weight(self, weight: Tensor) -> WeightOperands:
+        """weight [.., N, K] quantised once for both, since a block is square."""
         codes, scales = quantize_blocks(padded(weight), self.pow2)
-        return Operand(codes, scales), Operand(codes.mT.contiguous(), scales.mT.contiguous())
+        return WeightOperands(Operand(codes, scales), Operand(codes.mT.contiguous(), scales.mT.contiguous()))
 
     def weight_values(self, operand: Operand) -> Tensor:
         """What the codes of a weight stand for, in FP32."""

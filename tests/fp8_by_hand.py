@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minidsv3 import fp8_attention, fp8_ffn
-from minidsv3.fp8_products import Operand, Products, padded
+from minidsv3.fp8_products import Operand, Products, WeightOperands, padded
 from minidsv3.kernels import swiglu
 
 
@@ -48,8 +48,8 @@ class Exact(Products):
     def columns(self, x: Tensor, pow2: bool = False) -> Operand:
         return self.tiles(padded(x).T.contiguous())
 
-    def weight(self, weight: Tensor) -> tuple[Operand, Operand]:
-        return Operand(padded(weight), None), Operand(padded(weight).mT.contiguous(), None)
+    def weight(self, weight: Tensor) -> WeightOperands:
+        return WeightOperands(Operand(padded(weight), None), Operand(padded(weight).mT.contiguous(), None))
 
     def weight_values(self, operand: Operand) -> Tensor:
         return operand.codes

@@ -11,7 +11,7 @@ from minidsv3 import ModelConfig, Transformer, fp8_ffn, fp8_linear, fp8_products
 from minidsv3.attention import LatentCache
 from minidsv3.fp8 import FP8Linear, FP8Recipe, to_fp8
 from minidsv3.fp8_linear import WeightCodes
-from minidsv3.fp8_products import Operand, Products
+from minidsv3.fp8_products import Operand, Products, WeightOperands
 from minidsv3.kernels import Routing, quantize_blocks, use_kernels
 from minidsv3.layers import Linear, RMSNorm
 from minidsv3.moe import Experts
@@ -104,8 +104,8 @@ def turned(self, x: Tensor, pow2: bool = False) -> Operand:
     ("slope_tiles", lambda self, x, pow2=False: Operand((tiles := self.tiles(x)).codes, tiles.scales.flip(0))),
     ("tiles", lambda self, x, pow2=False: Operand(*(part.contiguous() for part in self.columns(x.T)))
         ._replace(scales=self.columns(x).scales)),                                             # the other axis's scales
-    ("weight", lambda self, w: (Operand(*quantize_blocks(w)), Operand((q := quantize_blocks(w))[0].T.contiguous(),
-                                                                      q[1])))])                # scales not turned
+    ("weight", lambda self, w: WeightOperands(Operand(*(q := quantize_blocks(w))),
+                                              Operand(q[0].T.contiguous(), q[1])))])           # scales not turned
 def test_the_comparison_sees_a_wrong_scale(monkeypatch, name, fault):
     monkeypatch.setattr(Products, name, fault)
     with pytest.raises(AssertionError):
