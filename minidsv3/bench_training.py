@@ -1,6 +1,7 @@
-"""Speed of a training step of `mini` on one GPU in BF16, beside transformers: the same shape, tokens and optimiser.
+"""Speed of a training step of `mini` on one GPU, beside transformers: the same shape, tokens and optimiser.
 
 Weights, gradients and moments are BF16 on both sides, AdamW is torch's fused one, MTP is off where a peer is compared.
+In FP8 (`fp8.to_fp8`) matrices are multiplied as codes, which are made anew in every step, and all else is the same.
 A number is tokens a second of the median step, after steps that compile and warm up; one contender is in memory at a
 time.
 Every contender also runs its whole step as one CUDA graph, which takes Python's time for launching kernels away; who
@@ -21,12 +22,15 @@ from tqdm import tqdm
 
 from .bench_kernels import machine
 from .config import ModelConfig
+from .fp8 import to_fp8
 from .kernels import use_kernels
 from .model import Transformer
+from .train import autocast
 
 BATCH, LENGTH = 8, 2048
 WARM_UP, STEPS = 4, 10
-OURS, DEFINITIONS, OURS_MTP = "minidsv3", "minidsv3, kernels='torch'", "minidsv3, with MTP"
+OURS, DEFINITIONS, OURS_MTP, OURS_FP8 = ("minidsv3", "minidsv3, kernels='torch'", "minidsv3, with MTP",
+                                         "minidsv3, FP8")
 PEERS = [("sdpa", "grouped_mm"), ("sdpa", "eager"), ("eager", "grouped_mm")]
 
 
@@ -35,7 +39,8 @@ def bench_training(out: Path, steps: int = STEPS) -> dict:
     if not torch.cuda.is_available():
         raise ValueError("bench training needs a CUDA device; `bench cpu` measures on a CPU")
     results = {"command": " ".join(["python -m minidsv3", *sys.argv[1:]]), "machine": machine() | peer_version(),
-               "what": f"mini, {BATCH} x {LENGTH} tokens a step, BF16; tokens a second of the median of {steps} steps",
+               "what": f"mini, {BATCH} x {LENGTH} tokens a step, BF16 where no other is named; tokens a second of the "
+                       f"median of {steps} steps",
                "tokens_a_second": {}, "peak_memory_gb": {}}
     out.parent.mkdir(parents=True, exist_ok=True)
     everybody = contenders()
@@ -95,6 +100,14 @@ def contenders() -> dict[str, Callable[[], Callable[[], None]]]:
                 step()
         return run
 
+    def in_fp8() -> Callable[[], None]:
+        model = to_fp8(build(lambda: Transformer(mini(0))))
+
+        def loss() -> Tensor:
+            with autocast(tokens.device, "fp8"):
+                return model.loss(tokens).total
+        return training_step(model, loss)
+
     def theirs(attention: str, experts: str) -> Callable[[], None]:
         model = build(lambda: peer(attention, experts))
 
@@ -103,7 +116,7 @@ def contenders() -> dict[str, Callable[[], Callable[[], None]]]:
             return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         return training_step(model, loss)
 
-    return {OURS: lambda: ours(0), DEFINITIONS: lambda: ours(0, "torch"), OURS_MTP: lambda: ours(1),
+    return {OURS: lambda: ours(0), DEFINITIONS: lambda: ours(0, "torch"), OURS_MTP: lambda: ours(1), OURS_FP8: in_fp8,
             **{f"transformers, {attention} attention, {experts} experts":
                lambda attention=attention, experts=experts: theirs(attention, experts) for attention, experts in PEERS}}
 

@@ -1,4 +1,4 @@
-"""The command line: python -m minidsv3 train | generate | export | cost | bench.
+"""The command line: python -m minidsv3 train | generate | export | cost | plan | bench.
 
 Each command only gathers what its module needs and prints what comes back. What the package refuses with a ValueError
 becomes one sentence on stderr and exit code 1; a wrong use of options is code 2, Ctrl-C is 130. Modules are imported
@@ -222,6 +222,44 @@ def parameter_table(stored: Any, active: Any) -> list[str]:
         f"{name:17} {count:>20,} {used:>20,}" for name, count, used in rows]
 
 
+# ---- plan -------------------------------------------------------------------------------------------------------
+
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="nano, mini or full")] = "full",
+    pp: Annotated[int, typer.Option(help="ranks of a pipeline")] = 16,
+    ep: Annotated[int, typer.Option(help="GPUs that share out the experts of a layer")] = 64,
+    gpus: Annotated[int, typer.Option(help="all of them; gpus / pp hold the same stages")] = 2048,
+    schedule: Annotated[str, typer.Option(help="1f1b, zb1p, dualpipev or dualpipe")] = "dualpipe",
+    micro_batches: Annotated[int | None, typer.Option(help="sequences of a pipeline in a step  "
+                                                           "[default: its share of the recipe's last batch]")] = None,
+    precision: Annotated[str, typer.Option(help="fp8, bf16 or fp32")] = "fp8",
+    rank: Annotated[int | None, typer.Option(help="one GPU alone, 0 to gpus - 1  [default: one of each kind]")] = None,
+) -> None:
+    """Plan a layout without having a GPU: bytes, step time, GPU hours.
+
+    Builds the objects that one GPU would train with, on a process group in name only and with tensors that hold nothing,
+    counts them beside what shapes say, and simulates the schedule with published durations. The defaults are the
+    report's layout, and published figures stand beside it, with what stays unexplained.
+    """
+    from .config import ModelConfig
+    from .optim import Recipe
+    from .parallel.layout import Layout
+    from .parallel.plan import plan as make_plan
+    from .parallel.plan_text import plan_lines
+    config, recipe = ModelConfig.preset(preset), Recipe.preset(preset)
+    if micro_batches is None:
+        pipelines = max(gpus // max(pp, 1), 1)
+        micro_batches, rest = divmod(recipe.last_batch, pipelines)
+        if rest:
+            raise ValueError(f"a batch of {recipe.last_batch} sequences cannot be shared out over {pipelines} pipelines "
+                             "(gpus / pp); give --micro-batches")
+    layout = Layout(config=config, gpus=gpus, pp=pp, ep=ep, schedule=schedule, micro_batches=micro_batches,
+                    sequence=recipe.sequence_length)
+    for line in plan_lines(make_plan(layout, precision, rank)):
+        typer.echo(line)
+
+
 # ---- bench ------------------------------------------------------------------------------------------------------
 
 @bench.command("cpu")
@@ -254,6 +292,16 @@ def bench_training(
     out: Annotated[Path, typer.Option(help="where the numbers go")] = Path("results/bench_training.json"),
     steps: Annotated[int, typer.Option(help="of which the median counts")] = 10,
 ) -> None:
-    """A training step of mini in BF16 beside transformers, on one NVIDIA GPU that does nothing else."""
+    """A training step of mini in BF16 and FP8 beside transformers, on one NVIDIA GPU that does nothing else."""
     from . import bench_training as benchmark
     typer.echo(json.dumps(benchmark.bench_training(out, steps), indent=1))
+
+
+@bench.command("layer")
+def bench_layer(
+    out: Annotated[Path, typer.Option(help="where the numbers go")] = Path("results/bench_layer.json"),
+    rounds: Annotated[int, typer.Option(help="of which the median counts")] = 10,
+) -> None:
+    """One MoE layer of the 671 B model in FP8 and BF16 beside transformers, on one NVIDIA GPU of 141 GB."""
+    from . import bench_layer as benchmark
+    typer.echo(json.dumps(benchmark.bench_layer(out, rounds), indent=1))
