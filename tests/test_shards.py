@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from minidsv3 import ModelConfig, Transformer, cost, shards
 from minidsv3.checkpoint import CheckpointError, convert_checkpoint, hub_tensors, load_checkpoint, save_checkpoint
 from minidsv3.cli import app
+from minidsv3.fp8 import FP8Linear, to_fp8
 from minidsv3.kernels import quantize_blocks
 from minidsv3.shards import QUANTISED, Shards
 
@@ -199,6 +200,20 @@ def test_a_weight_that_is_not_finite_does_not_come_back_finite(tmp_path):
     model.model.layers[0].mlp.up_proj.weight.data[3, 4] = torch.inf
     save_checkpoint(model, tmp_path / "x", "fp8")
     assert load_checkpoint(tmp_path / "x").model.layers[0].mlp.up_proj.weight.isnan().all()
+
+
+def test_codes_are_those_that_fp8_training_multiplies(tmp_path):
+    """Exporting a model trained in FP8 changes nothing that its products saw."""
+    model = to_fp8(randomise(Transformer(tiny_config(hidden_size=144, num_hidden_layers=1)), 0))
+    save_checkpoint(model, tmp_path / "x", "fp8")
+    tensors, seen = stored(tmp_path / "x"), 0
+    for name, module in model.named_modules():
+        if isinstance(module, FP8Linear) and not any(size % 16 for size in module.weight.shape):
+            codes, scales = module.codes(module.weight)[0]
+            assert same_bits({name: codes}, {name: tensors[f"{name}.weight"]})
+            assert scales.equal(tensors[f"{name}.weight_scale_inv"])
+            seen += 1
+    assert seen > 5
 
 
 # ---- there and back -------------------------------------------------------------------------------------------------

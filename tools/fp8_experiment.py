@@ -157,7 +157,7 @@ class Options:
     runs: Path                         # where unfinished runs wait
     corpus: Path | None = None         # a folder of Python sources; None: the interpreter's, with what is installed
     seeds: tuple[int, ...] = (0,)
-    device: str = "cuda"
+    device: str = "cpu"
     until: float = math.inf            # time.time() at which to stop
     only: tuple[str, ...] = tuple(METHODS)
     sizes: dict[str, Size] = field(default_factory=SIZES.copy)
