@@ -103,5 +103,5 @@ def unpromoted(a: Operand, b: Operand) -> Tensor:
     if a.codes.device.type == "cpu":
         product = accumulate(a.codes.float(), b.codes.float(), promote_every=None)
         return product * a_scales[:, None] * b_scales
-    return torch._scaled_mm(a.codes, b.codes.T, scale_a=a_scales[:, None].contiguous(), scale_b=b_scales[None],
-                            out_dtype=torch.bfloat16, use_fast_accum=True).float()
+    return torch._scaled_mm(a.codes.contiguous(), b.codes.contiguous().T, scale_a=a_scales[:, None].contiguous(),
+                            scale_b=b_scales[None], out_dtype=torch.bfloat16, use_fast_accum=True).float()

@@ -15,7 +15,7 @@ from torch import Tensor
 from .attention import MLA, Context
 from .attention_gradient import attend, attend_backward
 from .e5m6 import dequantize_e5m6, quantize_e5m6
-from .fp8_linear import forward, linears, weight_gradient
+from .fp8_linear import fprop, linears, weight_gradient
 from .kernels import rope
 from .recompute import Normed
 
@@ -61,7 +61,7 @@ class _Core(torch.autograd.Function):
         out = out.flatten(2)
         ctx.save_for_backward(c_q, c_kv, log_sum, *quantize_e5m6(out.flatten(0, 1)))
         ctx.mla, ctx.context = mla, context
-        return forward(out, (mla.o_proj,))[0]
+        return fprop(out, (mla.o_proj,))[0]
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple:

@@ -73,10 +73,10 @@ def linears(x: Tensor | Normed, *matrices: FP8Linear) -> tuple[Tensor, ...]:
     value, normed = (x.value, x) if isinstance(x, Normed) else (x, None)
     if torch.is_grad_enabled():
         return _Linears.apply(value, normed, matrices, *(matrix.weight for matrix in matrices))
-    return forward(value, matrices)
+    return fprop(value, matrices)
 
 
-def forward(x: Tensor, matrices: tuple[FP8Linear, ...]) -> tuple[Tensor, ...]:
+def fprop(x: Tensor, matrices: tuple[FP8Linear, ...]) -> tuple[Tensor, ...]:
     """The forward products alone, without a graph."""
     products, flat = matrices[0].codes.products, x.flatten(0, -2)
     tiles = products.tiles(flat, matrices[0].pow2)
@@ -92,7 +92,7 @@ class _Linears(torch.autograd.Function):
         ctx.matrices = matrices
         saved, ctx.again = remembered(x, normed, lambda x: products.columns(x.flatten(0, -2), matrices[0].pow2))
         ctx.save_for_backward(*saved)
-        return forward(x, matrices)
+        return fprop(x, matrices)
 
     @staticmethod
     def backward(ctx, *slopes: Tensor) -> tuple:

@@ -186,13 +186,13 @@ def test_the_matrix_of_codes_is_what_multiplies():
 
 # ---- experts --------------------------------------------------------------------------------------------------------
 
-def fp8_experts(config: ModelConfig) -> fp8_ffn.FP8Experts:
+def fp8_experts(config: ModelConfig, products: Products | None = None) -> fp8_ffn.FP8Experts:
     experts = Experts(config)
     for weight in (experts.gate_up_proj, experts.down_proj):
         torch.nn.init.normal_(weight, 0, weight.shape[-1] ** -0.5)
     experts.__class__ = fp8_ffn.FP8Experts
-    experts.gate_up_codes = WeightCodes(Products(), experts.gate_up_proj)
-    experts.down_codes = WeightCodes(Products(), experts.down_proj)
+    experts.gate_up_codes = WeightCodes(products or Products(), experts.gate_up_proj)
+    experts.down_codes = WeightCodes(products or Products(), experts.down_proj)
     return experts
 
 
@@ -397,6 +397,28 @@ def test_the_emulated_recipe_with_the_reports_choices_is_the_report_s(monkeypatc
     got = gradients(to_fp8(tiny_model(dtype=torch.float32)))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-5 * want[name].abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(pow2=True), dict(gradient="e5m2"), dict(gradient_blocks=True), dict(scales="rows"), dict(scales="tensor"),
+    dict(scales="rows", promote=False), dict(scales="tensor", promote=False)], ids=str)
+def test_every_recipe_differentiates_a_whole_model(settings):
+    """Another gradient than the report's recipe finds, about as far from it as that is from the plain model's. Every
+    token visits every expert, so that no choice can change."""
+    everyone = dict(dtype=torch.float32, n_routed_experts=4, n_group=2, topk_group=2, num_experts_per_tok=4)
+    models = tiny_model(**everyone), *(to_fp8(tiny_model(**everyone), recipe)
+                                       for recipe in (FP8Recipe(), FP8Recipe(**settings)))
+    plain, usual, found = (torch.cat([part.flatten() for part in gradients(model).values()]) for model in models)
+    assert 0.01 < distance(found, usual) < 1.5 * distance(usual, plain)
+
+
+def test_experts_without_tokens_have_no_gradient_without_promotion_either():
+    config = tiny_config()
+    experts = fp8_experts(config, FP8Recipe(scales="rows", promote=False).products())
+    routing = chosen("four", config, 9)
+    found = experts_found(experts, spread(9, 32), routing, spread(9, 32).bfloat16())
+    assert all(part.isfinite().all() and part.any() for part in found.values())
+    assert not found["d_down"][routing.load == 0].any()
 
 
 def error_of(recipe: FP8Recipe, x: Tensor, slope: Tensor) -> list[float]:
