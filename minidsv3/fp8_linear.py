@@ -43,8 +43,8 @@ class FP8Linear(Linear):
 class WeightCodes:
     """The operands of `weight` for Fprop and Dgrad, made anew when it has changed.
 
-    Every change in place counts up a tensor's version. Only FSDP's does not, which puts other parameters into a module
-    and refills them step by step: those are quantised each time that they are asked for.
+    A change in place counts up a tensor's version, and a fused optimiser's is counted here (`count_step`). FSDP puts
+    other parameters into a module and refills them uncounted: those are quantised each time that they are asked for.
     """
 
     def __init__(self, products: Products, weight: Tensor):
