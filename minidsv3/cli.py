@@ -249,15 +249,20 @@ def plan(
     from .parallel.plan_text import plan_lines
     config, recipe = ModelConfig.preset(preset), Recipe.preset(preset)
     if micro_batches is None:
-        pipelines = max(gpus // max(pp, 1), 1)
-        micro_batches, rest = divmod(recipe.last_batch, pipelines)
-        if rest:
-            raise ValueError(f"a batch of {recipe.last_batch} sequences cannot be shared out over {pipelines} pipelines "
-                             "(gpus / pp); give --micro-batches")
+        micro_batches = pipeline_share(recipe.last_batch, gpus, pp)
     layout = Layout(config=config, gpus=gpus, pp=pp, ep=ep, schedule=schedule, micro_batches=micro_batches,
                     sequence=recipe.sequence_length)
     for line in plan_lines(make_plan(layout, precision, rank)):
         typer.echo(line)
+
+
+def pipeline_share(batch: int, gpus: int, pp: int) -> int:
+    """The sequences of a batch that each of gpus / pp pipelines gets; `Layout` refuses what has no such pipelines."""
+    pipelines = gpus // pp if pp > 0 and gpus > 0 and gpus % pp == 0 else 1
+    if batch % pipelines:
+        raise ValueError(f"a batch of {batch} sequences cannot be shared out over {pipelines} pipelines (gpus / pp); "
+                         "give --micro-batches")
+    return batch // pipelines
 
 
 # ---- bench ------------------------------------------------------------------------------------------------------

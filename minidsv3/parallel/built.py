@@ -48,7 +48,8 @@ def build(layout: Layout, gpu: int, precision: str = "fp8") -> Built:
         weights = pipeline.weights()
         biases = {name: bias for stage in pipeline.stages for name, bias in stage.named_buffers()
                   if name.endswith("e_score_correction_bias")}
-        order = torch_order(pipeline, layout)
+        schedule = pipeline.schedule_of(layout.micro_batches, layout.sequence)
+        order = schedule.pipeline_order_with_comms[pipeline.rank]
         return Built(
             gpu=gpu, pipeline_rank=pipeline.rank,
             tensors={name: tensor.numel() for name, tensor in (weights | biases).items()},
@@ -68,13 +69,6 @@ def moment_bytes(weights: dict[str, Tensor], moments: torch.dtype) -> int:
     """Bytes of what AdamW keeps for each parameter."""
     optimizer = AdamW(weights.values(), moments=moments)
     return sum(size(local(optimizer.state_of(weight)[name])) for weight in weights.values() for name in MOMENTS)
-
-
-def torch_order(pipeline: Pipeline, layout: Layout) -> list[_Action]:
-    """All that torch's runtime will do on this rank in a step, with sends and receives where it lists them."""
-    schedule = pipeline.schedule_of(layout.micro_batches, layout.sequence)
-    orders = getattr(schedule, "pipeline_order_with_comms", None) or schedule._get_pipeline_order()
-    return [action for action in orders[pipeline.rank] if action is not None]
 
 
 def most_waiting(order: list[_Action]) -> int:

@@ -58,11 +58,11 @@ class Layout:
             raise ValueError(f"{self.gpus} GPUs do not divide into pp = {self.pp} pipeline ranks; "
                              "gpus must be a multiple of pp")
         if self.dp % self.ep:
-            raise ValueError(f"ep is {self.ep}; it must divide the {self.dp} GPUs that hold one pipeline rank (gpus / pp)")
+            raise ValueError(f"ep is {self.ep}; it must divide gpus / pp = {self.dp}, the GPUs with the same stages")
         if self.config.n_routed_experts % self.ep:
             raise ValueError(f"ep is {self.ep}; it must divide the {self.config.n_routed_experts} routed experts of a layer")
         if self.ep % self.nodes:
-            raise ValueError(f"ep is {self.ep}; more than {NODE} must fill whole nodes of {NODE} GPUs")
+            raise ValueError(f"ep is {self.ep}; it must stand on {self.nodes} nodes of {NODE} GPUs in equal numbers")
         self.orders, self.pieces        # both refuse what they cannot do
 
     @property

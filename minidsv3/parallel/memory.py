@@ -99,9 +99,13 @@ class Memory:
     def total(self) -> int:
         return self.weights + self.gradients + self.optimiser + self.activations + self.buffers
 
+    @property
+    def ours(self) -> int:
+        return self.total + self.gathered + self.stream
 
-def memory(layout: Layout, rank: int, precision: str = "fp8") -> Memory:
-    """What a GPU of pipeline rank `rank` holds; of several data ranks, the first, whose shards are the largest.
+
+def memory(layout: Layout, rank: int, precision: str = "fp8", data_rank: int = 0) -> Memory:
+    """What the GPU of pipeline rank `rank` and data rank `data_rank` holds. Data rank 0 has the largest shards.
 
     Balanced routing: each GPU receives as many rows as it sends. Raises ValueError for an unknown precision or rank.
     """
@@ -109,6 +113,8 @@ def memory(layout: Layout, rank: int, precision: str = "fp8") -> Memory:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(BITS)}")
     if not 0 <= rank < layout.pp:
         raise ValueError(f"there is no pipeline rank {rank}; ranks count from 0 to {layout.pp - 1}")
+    if not 0 <= data_rank < layout.dp:
+        raise ValueError(f"there is no data rank {data_rank}; ranks count from 0 to {layout.dp - 1}")
     weights = layout.weights(rank)
     learned = [weight for weight in weights if weight.part != "biases"]
     each = TRAINING_BYTES[precision]
@@ -122,7 +128,7 @@ def memory(layout: Layout, rank: int, precision: str = "fp8") -> Memory:
         parameters=count(weights), experts=count(weight for weight in weights if weight.part == "routed"),
         weights=sum(weight_bytes(weight, precision) for weight in weights),
         gradients=each.gradient * count(learned),
-        optimiser=(MASTER + each.moments) * sum(shard(layout, weight) for weight in learned),
+        optimiser=(MASTER + each.moments) * sum(shard(layout, weight, data_rank) for weight in learned),
         activations=activations, buffers=buffers(layout, rank, precision), in_flight=in_flight,
         gathered=MASTER * count(learned) - sum(weight_bytes(weight, precision) for weight in learned
                                                if format_of(weight, precision) != "fp8"),
@@ -143,12 +149,19 @@ def weight_bytes(weight: Weight, precision: str) -> int:
     return 2 * weight.copies * (weight.size + 4 * -(-rows // TILE) * -(-columns // TILE))
 
 
-def shard(layout: Layout, weight: Weight) -> int:
-    """Values of the largest shard: FSDP cuts the first axis, for fused experts that of the experts."""
+def shard(layout: Layout, weight: Weight, data_rank: int) -> int:
+    """Values of a data rank's shard: FSDP cuts the first axis, for fused experts that of the experts, in equal pieces
+    rounded up, so that the last ranks may get less, or nothing."""
     if weight.part == "routed":
-        return -(-weight.copies // layout.edp) * weight.size
-    rows = -(-weight.shape[0] // layout.dp)
+        return piece_of(weight.copies, layout.edp, data_rank // layout.ep) * weight.size
+    rows = piece_of(weight.shape[0], layout.dp, data_rank)
     return weight.copies * rows * (weight.size // weight.shape[0])
+
+
+def piece_of(length: int, pieces: int, index: int) -> int:
+    """How many of `length` things are in piece `index` of `pieces`."""
+    size = -(-length // pieces)
+    return max(0, min(size, length - index * size))
 
 
 def peak(order: list[Action | Overlapped], sizes: dict[int, int]) -> tuple[int, int]:

@@ -9,7 +9,6 @@ Every figure that the report or its authors published stands beside ours, and wh
 """
 
 from dataclasses import dataclass
-from itertools import groupby
 
 from ..config import ModelConfig
 from .built import Built, build
@@ -23,20 +22,17 @@ REPORT = Layout(config=ModelConfig.preset("full"), gpus=2048, pp=16, ep=64, micr
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """Pipeline ranks whose GPUs hold the same: computed from shapes for each precision, and counted on one of them."""
+    """Pipeline ranks whose GPUs hold the same: computed from shapes for each precision, and counted on one GPU."""
 
     ranks: list[int]
     memory: dict[str, Memory]
     built: Built
 
     def agrees(self, precision: str) -> bool:
-        """Whether the built objects hold as many values and bytes of optimiser state as the shapes say.
-
-        A GPU that is not the first of its data ranks may hold less: FSDP's last shards are shorter.
-        """
-        computed = self.memory[precision]
-        return ((self.built.parameters, self.built.experts) == (computed.parameters, computed.experts)
-                and self.built.masters + self.built.moments == computed.optimiser)
+        """Whether the built objects hold as many values, and as many bytes of optimiser state, as the shapes say."""
+        computed, built = self.memory[precision], self.built
+        return ((built.parameters, built.experts, built.masters + built.moments)
+                == (computed.parameters, computed.experts, computed.optimiser))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +48,33 @@ class Plan:
 
 
 def plan(layout: Layout, precision: str = "fp8", gpu: int | None = None) -> Plan:
-    """Plans a layout; `ranks` are the kinds of pipeline ranks, at most the edges, the second and a middle one, or the
-    one of GPU number `gpu` alone.
+    """Plans a layout. `ranks` has the kinds of pipeline ranks (see `kinds`), or that of GPU number `gpu` alone.
 
     Table 4's durations are of the report's layout and are used for no other. Raises ValueError for an unknown precision
-    and for a GPU that does not exist, `Layout` for what cannot be laid out.
+    and for a GPU that does not exist; `Layout` refuses what cannot be laid out.
     """
-    chosen = kinds(layout, precision) if gpu is None else [[gpu // layout.dp]]
-    optimiser = optimiser_seconds(layout)
-    steps = [estimate(layout, from_trace(layout, precision), optimiser)]
+    if precision not in BITS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(BITS)}")
+    if gpu is not None and not 0 <= gpu < layout.gpus:
+        raise ValueError(f"there is no GPU {gpu}; the layout has GPUs 0 to {layout.gpus - 1}")
+    chosen = {ranks[0] * layout.dp: ranks for ranks in kinds(layout)} if gpu is None else {gpu: [gpu // layout.dp]}
+    steps = [estimate(layout, from_trace(layout, precision), optimiser_seconds(layout))]
     if layout == REPORT and precision == "fp8":
         steps.append(estimate(layout, from_table_4(layout), TABLE_4["optimiser"]))
-    return Plan(
-        layout=layout, precision=precision, links=links(layout, precision), steps=steps,
-        heaviest=heaviest_rank(layout), ranks=[
-            RankPlan(ranks=ranks, built=build(layout, ranks[0] * layout.dp if gpu is None else gpu, precision),
-                     memory={name: memory(layout, ranks[0], name) for name in BITS}) for ranks in chosen])
+    return Plan(layout=layout, precision=precision, links=links(layout, precision), steps=steps,
+                heaviest=heaviest_rank(layout),
+                ranks=[rank_plan(layout, precision, number, ranks) for number, ranks in chosen.items()])
 
 
-def kinds(layout: Layout, precision: str) -> list[list[int]]:
-    """Pipeline ranks that hold the same, in groups; of more than four groups the first, second, middle and last."""
-    held = {rank: memory(layout, rank, precision) for rank in range(layout.pp)}
-    groups = [[rank for rank in held if held[rank] == held[first]] for first in held]
-    shown = {ranks[0]: ranks for ranks in (groups[rank] for rank in (0, min(1, layout.pp - 1), layout.pp // 2, -1))}
-    return list(shown.values())
+def rank_plan(layout: Layout, precision: str, gpu: int, ranks: list[int]) -> RankPlan:
+    rank, data_rank = divmod(gpu, layout.dp)
+    return RankPlan(ranks=ranks, built=build(layout, gpu, precision),
+                    memory={name: memory(layout, rank, name, data_rank) for name in BITS})
+
+
+def kinds(layout: Layout) -> list[list[int]]:
+    """Pipeline ranks that hold the same, in groups: those of the first, the second, a middle and the last rank."""
+    held = [memory(layout, rank) for rank in range(layout.pp)]
+    first = [held.index(each) for each in held]
+    shown = sorted({first[rank] for rank in (0, min(1, layout.pp - 1), layout.pp // 2, -1)})
+    return [[rank for rank in range(layout.pp) if first[rank] == kind] for kind in shown]

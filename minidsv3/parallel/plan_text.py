@@ -35,9 +35,10 @@ def layout_lines(plan: Plan) -> list[str]:
     lines = [
         f"{layout.gpus:,} GPUs = pp {layout.pp} x dp {layout.dp}, dp = edp {layout.edp} x ep {layout.ep}, "
         f"ep on {layout.nodes} {'node' if layout.nodes == 1 else 'nodes'} of at most {NODE}",
-        f"{layout.schedule}, {layout.micro_batches} micro-batches of one sequence of {layout.sequence:,} tokens in each of "
-        f"{layout.dp} pipelines: {layout.tokens:,} tokens a step, {plan.precision}",
-        f"layers of the stages: {sizes}; the first has the embedding, the last the head and MTP (the report gives no split)",
+        f"{layout.schedule}, {plan.precision}, {layout.micro_batches} micro-batches of one sequence of {layout.sequence:,} "
+        f"tokens in each of {layout.dp} pipelines: {layout.tokens:,} tokens a step",
+        f"layers of the stages: {sizes}",
+        "the first has the embedding too, the last the head and MTP; the report does not say where it cuts",
         f"all pipeline ranks hold {whole.main:,} values of the main model and {whole.mtp:,} of MTP"]
     return lines + [f"  and {values:,} once more: {what}" for what, values in layout.copies]
 
@@ -54,10 +55,10 @@ def memory_lines(plan: Plan) -> list[str]:
     def each(name: str) -> list[int]:
         return [getattr(memory, name) for memory in ours]
 
-    same = all(kind.agrees(plan.precision) for kind in plan.ranks)
     return [
         row(f"{'GB (10^9' if large else 'MB (10^6'} bytes) on one GPU, {plan.precision}", (ranks_of(kind.ranks) for kind in plan.ranks)),
         row("stages", (", ".join(str(piece.stage) for piece in plan.layout.held(kind.ranks[0])) for kind in plan.ranks)),
+        row("GPU that was built", (f"{count.gpu}" for count in built)),
         row("values held", (f"{count.parameters:,}" for count in built), "built"),
         row("  of them in routed experts", (f"{count.experts:,}" for count in built), "built"),
         gb("weights" + (", FP8 twice" if plan.precision == "fp8" else ""), each("weights")),
@@ -66,16 +67,26 @@ def memory_lines(plan: Plan) -> list[str]:
         gb("activations, with recomputation", each("activations")),
         row("  micro-batches in flight", (str(value) for value in each("in_flight")), "derived"),
         gb("buffers: receiving, experts' rows", each("buffers")),
-        gb("sum" + " (an H800 has 80)" * large, each("total")),
+        gb("sum, as the report does it" + " (H800: 80)" * large, each("total")),
         *(gb(f"  in {name}", [kind.memory[name].total for kind in plan.ranks]) for name in BITS
           if name != plan.precision),
         gb("ours adds: FSDP gathers weights in FP32", each("gathered")),
         gb("ours adds: the residual stream is FP32", each("stream")),
+        gb("sum, as our engine does it", [memory.ours for memory in ours]),
         row("actions of torch's schedule in a step", (str(count.actions) for count in built), "built"),
-        "built on a fake process group with tensors on meta; " + (
-            "values and optimiser are those computed from shapes" if same else
-            "values or optimiser DIFFER from those computed from shapes, which are of the first data rank"),
-        "not counted: CUDA context, NCCL, fragmentation, workspace of the layer being computed"]
+        *notes(plan)]
+
+
+def notes(plan: Plan) -> list[str]:
+    """What the table's words hide."""
+    same = all(kind.agrees(plan.precision) for kind in plan.ranks)
+    lines = ["built: with tensors that hold nothing, on a process group in name only. Values and optimiser " + (
+                 "are what shapes say" if same else "ARE NOT what shapes say"),
+             "activations: our modules keep that in FP8 (tests/test_recompute.py); in bf16 and fp32 they recompute nothing",
+             "not counted: CUDA context, NCCL, fragmentation, workspace of the layer being computed"]
+    if plan.precision == "fp8" and plan.layout.ep > 1:
+        lines.append("not there yet: experts that are spread over GPUs and compute in FP8; experts.py refuses them")
+    return lines
 
 
 def ranks_of(ranks: Sequence[int]) -> str:
@@ -147,8 +158,8 @@ def open_lines(plan: Plan) -> list[str]:
     unequal = [f"- stages count as equally long, but one rank has {plan.heaviest:.2f} times the mean FLOPs: "
                f"about {work * plan.heaviest:.4g} s of work that no order shortens"]
     if not is_published(plan):
-        return ["- durations are those of a public trace of the full model on H800s, scaled by FLOPs; smaller products, "
-                "and other GPUs, take longer than that", *unequal]
+        return ["- durations are those of a public trace of the full model in FP8 on H800s, scaled by FLOPs (a product in",
+                "  BF16 counts twice, in FP32 four times); smaller products take longer than that", *unequal]
     least, most = (TABLE_4["bubble"] - idle for idle in (max(plan.steps[1].timeline.idle),
                                                          min(plan.steps[1].timeline.idle)))
     blocks = [sum(isinstance(action, Overlapped) for action in order) for order in plan.layout.orders]
@@ -160,7 +171,8 @@ def open_lines(plan: Plan) -> list[str]:
         f"{TABLE_4['bubble']} s open; unequal stages,",
         "  unbalanced routing and sends between ranks are not simulated, and nothing here says which it is",
         f"- table 4 gives an F&B block {per_block[0]:.0f} to {per_block[1]:.0f} ms ({min(blocks)} to {max(blocks)} a rank); "
-        f"the trace shows one of {TRACE_BLOCK * 1e3:.0f} ms, routing balanced, nothing sent",
+        f"the trace shows one of {TRACE_BLOCK * 1e3:.0f} ms,",
+        "  with balanced routing and without sends between ranks",
         f"- at full link speed the exchanges of that block take {exchange:.0f} ms; in the trace they take "
         f"{TRACE_EXCHANGE * 1e3:.0f} ms, {TRACE_HIDDEN:.0%} of it hidden behind work",
         *unequal]

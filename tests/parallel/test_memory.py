@@ -18,7 +18,7 @@ def layout(preset: str = "full", **changes) -> Layout:
     """The report's layout, or a small one on 4 GPUs."""
     sizes = {"full": dict(gpus=2048, pp=16, ep=64, micro_batches=120),
              "mini": dict(gpus=16, pp=4, ep=4, micro_batches=16), "nano": dict(gpus=4, pp=2, ep=2, micro_batches=8)}
-    return Layout(config=ModelConfig.preset(preset), **{**sizes[preset], **changes})
+    return Layout(**{"config": ModelConfig.preset(preset), **sizes[preset], **changes})
 
 
 # ---- who holds what -------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_all_ranks_hold_the_published_number():
 
 @pytest.mark.parametrize("preset, changes, words", [
     ("full", dict(pp=15), "2048 GPUs do not divide into pp = 15"),
-    ("full", dict(ep=48), "ep is 48; it must divide the 128 GPUs"),
+    ("full", dict(ep=48), "ep is 48; it must divide gpus / pp = 128"),
     ("full", dict(gpus=16 * 96, ep=96), "ep is 96; it must divide the 256 routed experts"),
     ("full", dict(micro_batches=0), "micro_batches is 0"),
     ("full", dict(micro_batches=30), "it needs at least 32"),
@@ -64,6 +64,7 @@ def test_all_ranks_hold_the_published_number():
     ("full", dict(schedule="gpipe"), "schedule is 'gpipe'"),
     ("full", dict(pp=64, gpus=64 * 64, micro_batches=128), "61 layers cannot be cut into 64 stages"),
     ("nano", dict(pp=4, ep=1, schedule="dualpipev"), "6 layers cannot be cut into 8 stages"),
+    ("full", dict(config=FULL.replace(n_routed_experts=72), gpus=16 * 9, ep=9), "ep is 9; it must stand on 2 nodes"),
     ("nano", dict(sequence=2.5), "sequence is 2.5")])
 def test_wrong_layouts_are_refused(preset, changes, words):
     with pytest.raises(ValueError, match=words):
@@ -160,6 +161,7 @@ def test_mutations_are_seen(monkeypatch, place, name, wrong, test):
 
 @pytest.mark.parametrize("arguments, words", [
     (dict(rank=16), "there is no pipeline rank 16; ranks count from 0 to 15"),
+    (dict(rank=0, data_rank=128), "there is no data rank 128"),
     (dict(rank=0, precision="int8"), "precision is 'int8'")])
 def test_wrong_questions_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
