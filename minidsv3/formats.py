@@ -138,19 +138,27 @@ def tile_scale(amax: Tensor, format: Format, pow2: bool = False) -> Tensor:
     return scale.where(amax.isfinite(), float("nan"))
 
 
-@torch.no_grad()
-def fake_quantize(x: Tensor, format: Format, tile: tuple[int | None, int | None] = (1, TILE),
-                  pow2: bool = False) -> Tensor:
-    """x [.., M, K] as it comes back from `format`: divided by a scale for each tile, rounded, multiplied again.
+Tile = tuple[int | None, int | None]    # rows and columns that share a scale; None is the whole axis
 
-    `tile` gives rows and columns that share a scale: (1, 128) for activations, (128, 1) for what is summed over
-    tokens, (128, 128) for weights; None is the whole axis, so (None, None) is one scale for all of a matrix. Computed
-    in at least FP32; returns x's shape and dtype.
+
+@torch.no_grad()
+def scale_of_each(x: Tensor, format: Format, tile: Tile = (1, TILE), pow2: bool = False) -> Tensor:
+    """The scale that each value of x [.., M, K] shares with its tile, in x's shape and at least FP32.
+
+    (1, 128) is for activations, (128, 1) for what is summed over tokens, (128, 128) for weights; (None, None) is one
+    scale for all of a matrix.
     """
     height, width = x.shape[-2:]
     rows, columns = tile[0] or max(height, 1), tile[1] or max(width, 1)
     tiles = F.pad(wide(x), (0, -width % columns, 0, -height % rows))
-    tiles = tiles.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))        # [.., tile, rows, tile, columns]
-    scale = tile_scale(tiles.abs().amax((-3, -1), keepdim=True), format, pow2)
-    back = (round_to(tiles / scale, format) * scale).flatten(-2).flatten(-3, -2)
-    return back[..., :height, :width].to(x.dtype)
+    amax = tiles.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).abs().amax((-3, -1))
+    scales = tile_scale(amax, format, pow2).repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+    return scales[..., :height, :width]
+
+
+@torch.no_grad()
+def fake_quantize(x: Tensor, format: Format, tile: Tile = (1, TILE), pow2: bool = False) -> Tensor:
+    """x [.., M, K] as it comes back from `format`: divided by its tile's scale, rounded, multiplied again. Computed
+    in at least FP32; returns x's shape and dtype."""
+    scales = scale_of_each(x, format, tile, pow2)
+    return (round_to(wide(x) / scales, format) * scales).to(x.dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import e5m6, formats
 from ..attention import LatentCache
 from ..kernels import Routing, quantize, route
 from ..model import Transformer
@@ -148,18 +149,28 @@ SYMBOLS = (
     Symbol("lambda", "`Recipe.mtp_weight`", 0.3, 0.3, "falls to 0.1 when the learning rate leaves its peak",
            ("00", "03"), lambda m, r: r.mtp_weight(0)),
     Symbol("N_C", "`quantize.TILE`", 128, 128,
-           "numbers along K that are summed before promotion, and that share a scale", ("05",),
+           "numbers along K that are summed before promotion, and that share a scale", ("04", "05"),
            lambda m, r: quantize.TILE),
     Symbol("scales of a token", "`quantize.quantize_tiles`", (128, 1), (2, 1),
-           "of the input of W^O: [K / 128, M], so those of one step of K lie side by side", ("05",),
+           "of the input of W^O: [K / 128, M], so those of one step of K lie side by side", ("04", "05"),
            lambda m, r: quantize.quantize_tiles(torch.zeros(1, _attention(m).o_proj.weight.shape[1]))[1]),
     Symbol("scales of W^O", "`quantize.quantize_blocks`", (56, 128), (2, 2),
-           "multipliers, although the checkpoint says `weight_scale_inv`", ("05",),
+           "multipliers, although the checkpoint says `weight_scale_inv`", ("04", "05"),
            lambda m, r: quantize.quantize_blocks(_attention(m).o_proj.weight)[1]),
+    Symbol("scales for Wgrad", "`quantize.quantize_columns`", (1, 16384), (1, 256),
+           "of 128 tokens at the input of W^O: one a channel, since tokens are summed", ("04",),
+           lambda m, r: quantize.quantize_columns(torch.zeros(128, _attention(m).o_proj.weight.shape[1]))[1]),
+    Symbol("max of E4M3", "`formats.E4M3`", 448, 448,
+           "the highest exponent is used for numbers: no infinity, one NaN of each sign", ("04",),
+           lambda m, r: formats.E4M3.largest),
+    Symbol("E5M6", "`e5m6.quantize_e5m6`", (24576,), (384,),
+           "the cached input of W^O of a token, in bytes: two values in three", ("04",),
+           lambda m, r: e5m6.quantize_e5m6(torch.zeros(1, _attention(m).o_proj.weight.shape[1]))[0][0]),
 )
 
 CLASHES = {
-    "M": "the node limit (`topk_group`), with an index the matrix M_k of MTP, and the tokens of a product (chapter 05)",
+    "M": "the node limit (`topk_group`), with an index the matrix M_k of MTP, the tokens of a product (chapter 05), "
+         "and the micro-batches of a pipeline in one step (chapter 07)",
     "K": "numbers summed in a product, and with an index the experts of a token, K_r",
     "N": "rows of a weight, and with an index numbers of experts (N_r, N_s) or the promotion interval (N_C)",
     "W": "any weight; in schedules the backward pass for weights",
