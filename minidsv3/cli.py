@@ -238,9 +238,9 @@ def plan(
 ) -> None:
     """Plan a layout without having a GPU: bytes, step time, GPU hours.
 
-    Builds the objects that one GPU would train with, on a process group in name only and with tensors that hold nothing,
-    counts them beside what shapes say, and simulates the schedule with published durations. The defaults are the
-    report's layout, and published figures stand beside it, with what stays unexplained.
+    Builds the objects that one GPU would train with, on a process group in name only and with tensors that hold
+    nothing, counts them beside what shapes say, and simulates the schedule with published durations. The defaults are
+    the report's layout, and published figures stand beside it, with what stays unexplained.
     """
     from .config import ModelConfig
     from .optim import Recipe

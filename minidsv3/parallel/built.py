@@ -1,8 +1,8 @@
 """The real objects of one GPU, in a process group that exists in name only and with tensors that hold nothing.
 
-Mesh, stages, experts, sharding, optimiser and torch's schedule object are those that train (mesh.py, pipeline.py), built
-by the same calls. What they hold is counted here; `memory.py` computes the same from shapes. A GPU of the full layout on
-2048 ranks takes half a second.
+Mesh, stages, experts, sharding, optimiser and torch's schedule object are those that train (mesh.py, pipeline.py),
+built by the same calls. What they hold is counted here; `memory.py` computes the same from shapes. A GPU of the full
+layout on 2048 ranks takes less than half a second.
 """
 
 from typing import NamedTuple

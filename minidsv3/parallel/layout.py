@@ -60,7 +60,8 @@ class Layout:
         if self.dp % self.ep:
             raise ValueError(f"ep is {self.ep}; it must divide gpus / pp = {self.dp}, the GPUs with the same stages")
         if self.config.n_routed_experts % self.ep:
-            raise ValueError(f"ep is {self.ep}; it must divide the {self.config.n_routed_experts} routed experts of a layer")
+            raise ValueError(f"ep is {self.ep}; it must divide the {self.config.n_routed_experts} routed experts "
+                             "of a layer")
         if self.ep % self.nodes:
             raise ValueError(f"ep is {self.ep}; it must stand on {self.nodes} nodes of {NODE} GPUs in equal numbers")
         self.orders, self.pieces        # both refuse what they cannot do

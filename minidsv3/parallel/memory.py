@@ -1,16 +1,16 @@
 """What one GPU of a layout holds, in bytes: counted from shapes alone (report sections 3.2.3, 3.3.3).
 
-    weights       what is multiplied: all tensors of a GPU's stages, its share of the experts, whole. FP8 codes lie there
-                  twice, as they are for Fprop and turned for Dgrad: tensor cores read FP8 along the sum
+    weights       what is multiplied: all tensors of a GPU's stages, its share of the experts, whole. FP8 codes lie
+                  there twice, as they are for Fprop and turned for Dgrad: tensor cores read FP8 along the sum
     gradients     FP32, added up over a step's micro-batches, whole as well
     optimiser     FP32 master weights and Adam's moments, sharded: over dp, for experts over edp ("ZeRO-1")
     activations   what a forward leaves for its backward, times the micro-batches in flight
     buffers       what arrives from the neighbours in the pipeline, and one layer's rows on their way between experts
 
-Recomputation as in the report: outputs of RMSNorm, of the latents' up-projections and of SwiGLU are not kept. In FP8 the
-inputs of the experts and of SwiGLU are kept as codes in 1 x 128 tiles, the input of the linear after attention in 12
-bits (E5M6). Not counted: the CUDA context, NCCL's buffers, what fragmentation wastes, and the workspace of a layer that
-is being computed. The average of the weights (EMA) lies in CPU memory.
+Recomputation as in the report: outputs of RMSNorm, of the latents' up-projections and of SwiGLU are not kept. In FP8
+the inputs of the experts and of SwiGLU are kept as codes in 1 x 128 tiles, the input of the linear after attention in
+12 bits (E5M6). Not counted: the CUDA context, NCCL's buffers, what fragmentation wastes, and the workspace of a layer
+that is being computed. The average of the weights (EMA) lies in CPU memory.
 """
 
 from dataclasses import dataclass
@@ -136,7 +136,7 @@ def memory(layout: Layout, rank: int, precision: str = "fp8", data_rank: int = 0
 
 
 def format_of(weight: Weight, precision: str) -> str:
-    """How a tensor that is multiplied is stored. The report multiplies in FP8 what the released checkpoint has in FP8."""
+    """How a tensor that is multiplied is stored; in FP8 is what the released checkpoint has in FP8."""
     return weight.storage if precision == "fp8" or weight.storage == "fp32" else precision
 
 

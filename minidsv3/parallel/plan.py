@@ -1,4 +1,4 @@
-"""`python -m minidsv3 plan`: whether a layout fits, how long a step takes, and what training costs, before any GPU runs.
+"""`python -m minidsv3 plan`: whether a layout fits, how long a step takes, what training costs, without any GPU.
 
     shapes           -> bytes on each GPU                     memory.py
     real objects     -> the same, counted                     built.py

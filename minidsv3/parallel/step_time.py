@@ -74,7 +74,7 @@ class Links:
 def links(layout: Layout, precision: str = "fp8") -> Links:
     """Two hops (traffic.py) with balanced random choices and full speed: a lower bound of what a cluster takes.
 
-    In FP8, dispatch sends codes and combine BF16; the backward sends gradients of outputs as codes and of inputs in BF16.
+    In FP8, dispatch sends codes and combine BF16; the backward sends gradients of outputs as codes, of inputs in BF16.
     """
     config = layout.config
     cluster = Cluster(layout.nodes, layout.ep // layout.nodes)
@@ -106,8 +106,8 @@ SLOWDOWN = {"fp8": 1, "bf16": 2, "fp32": 4}      # of a product against FP8, as 
 def chunk_flops(config: ModelConfig, piece: Piece, sequence: int, precision: str = "fp8") -> dict[str, float]:
     """FLOPs of a stage's F, I and W on one sequence, each product counted as often as it is slower than in FP8.
 
-    F multiplies each weight a token uses; I does the same and recomputes the latents' up-projections, W as F. Attention's
-    own products (BF16 in every precision) are 2 forward and 5 backward: scores again, dV, dP, dQ, dK.
+    F multiplies each weight a token uses, and so do W and I, which also runs the latents' up-projections again.
+    Attention's own products (BF16 in every precision) are 2 forward and 5 backward: scores again, dV, dP, dQ, dK.
     """
     weights = [weight for weight in piece_weights(config, piece, shared_embedding=True) if weight.part != "embedding"]
     products = 2 * sum(weight.size * weight.used for weight in weights)

@@ -123,7 +123,7 @@ def test_chunks_in_flight_are_the_simulator_s(schedule):
 
 
 def test_the_peak_counts_each_stage_with_its_own_size():
-    """Rank 0 of 2: Fa0 Fb0 Fa1 Bb0, then blocks of one forward and one backward. Never two chunks of stage 1 at once."""
+    """Rank 0 of 2: Fa0 Fb0 Fa1 Bb0, then blocks of one forward and one backward. Never two of stage 1."""
     order = layout("nano").orders[0]
     assert [str(action) for action in order[:5]] == ["Fa0", "Fb0", "Fa1", "Bb0", "Fb1&Ba0"]
     assert peak(order, {0: 1, 1: 1}) == (3, 3)

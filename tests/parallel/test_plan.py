@@ -1,4 +1,4 @@
-"""The plan: what shapes say is what the real objects hold, to the value and to the byte; and what the command prints."""
+"""The plan: what shapes say is what the real objects hold, to the byte; and what the command prints."""
 
 import time
 
@@ -82,7 +82,9 @@ def test_all_16_ranks_add_up_to_the_published_number():
 def test_listed_copies_are_those_that_the_engine_sums(schedule):
     layout = small(schedule=schedule, ep=1)
     names = copied_weights(layout.config, schedule, layout.pp)
-    values = {name: count for rank in range(layout.pp) for name, count in build(layout, rank * layout.dp).tensors.items()}
+    values: dict[str, int] = {}
+    for rank in range(layout.pp):
+        values |= build(layout, rank * layout.dp).tensors
     biases = sum(count for name, count in values.items() if name.endswith("bias")) if schedule == "dualpipe" else 0
     assert sum(values[name] for name in names) + biases == sum(count for _, count in layout.copies)
 
@@ -118,7 +120,7 @@ def test_the_comparison_sees(monkeypatch, place, name, wrong):
 
 def test_kinds_of_ranks():
     assert kinds(REPORT) == [[0, 15], list(range(1, 15))]
-    assert kinds(small("mini", schedule="1f1b")) == [[0], [1], [2], [3]]        # each holds fewer chunks than the one before
+    assert kinds(small("mini", schedule="1f1b")) == [[0], [1], [2], [3]]      # fewer chunks in flight from rank to rank
     assert kinds(small(pp=1, gpus=2, micro_batches=2, schedule="1f1b")) == [[0]]
 
 
@@ -146,8 +148,8 @@ def test_other_layouts_have_no_published_figures():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (dict(precision="int8"), "precision is 'int8'"), (dict(gpu=2048), "there is no GPU 2048; the layout has GPUs 0 to 2047"),
-    (dict(gpu=-1), "there is no GPU -1")])
+    (dict(precision="int8"), "precision is 'int8'"), (dict(gpu=-1), "there is no GPU -1"),
+    (dict(gpu=2048), "there is no GPU 2048; the layout has GPUs 0 to 2047")])
 def test_wrong_plans_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         plan(REPORT, **arguments)
@@ -197,7 +199,8 @@ def test_small_layouts_take_batch_and_length_from_their_recipe():
     (["--schedule", "gpipe"], "schedule is 'gpipe'"), (["--preset", "huge"], "there is no preset 'huge'"),
     (["--precision", "int4"], "precision is 'int4'"), (["--rank", "5000"], "there is no GPU 5000"),
     (["--gpus", str(16 * 7 * 64)], "a batch of 15360 sequences cannot be shared out over 448 pipelines"),
-    (["--preset", "nano"], "a batch of 8 sequences cannot be shared out over 128 pipelines"), (["--pp", "0"], "pp is 0"),
+    (["--preset", "nano"], "a batch of 8 sequences cannot be shared out over 128 pipelines"),
+    (["--pp", "0"], "pp is 0"),
     (["--preset", "nano", "--gpus", "16", "--ep", "1", "--schedule", "1f1b"], "6 layers cannot be cut into 16 stages")])
 def test_wrong_commands_are_refused_in_a_sentence(arguments, words):
     result = call(*arguments)
