@@ -14,8 +14,7 @@ from ..config import ModelConfig
 from .built import Built, build
 from .layout import Layout
 from .memory import BITS, Memory, memory
-from .step_time import (TABLE_4, Links, Step, estimate, from_table_4, from_trace, heaviest_rank, links,
-                        optimiser_seconds)
+from .step_time import TABLE_4, Links, Step, estimate, from_table_4, from_trace, links, optimiser_seconds, stage_work
 
 REPORT = Layout(config=ModelConfig.preset("full"), gpus=2048, pp=16, ep=64, micro_batches=120)
 
@@ -43,8 +42,9 @@ class Plan:
     precision: str
     ranks: list[RankPlan]
     links: Links
-    steps: list[Step]               # one for each source of durations
-    heaviest: float                 # work of the pipeline rank that has most, over the mean
+    steps: list[Step]               # one for each source of durations, with stages that are equally long
+    stages: list[float]             # FLOPs of each stage over the mean
+    unequal: list[Step]             # `steps`, if stages take time in that ratio
 
 
 def plan(layout: Layout, precision: str = "fp8", gpu: int | None = None) -> Plan:
@@ -58,11 +58,13 @@ def plan(layout: Layout, precision: str = "fp8", gpu: int | None = None) -> Plan
     if gpu is not None and not 0 <= gpu < layout.gpus:
         raise ValueError(f"there is no GPU {gpu}; the layout has GPUs 0 to {layout.gpus - 1}")
     chosen = {ranks[0] * layout.dp: ranks for ranks in kinds(layout)} if gpu is None else {gpu: [gpu // layout.dp]}
-    steps = [estimate(layout, from_trace(layout, precision), optimiser_seconds(layout))]
+    stages = stage_work(layout)
+    sources = [(from_trace(layout, precision), optimiser_seconds(layout))]
     if layout == REPORT and precision == "fp8":
-        steps.append(estimate(layout, from_table_4(layout), TABLE_4["optimiser"]))
-    return Plan(layout=layout, precision=precision, links=links(layout, precision), steps=steps,
-                heaviest=heaviest_rank(layout),
+        sources.append((from_table_4(layout), TABLE_4["optimiser"]))
+    return Plan(layout=layout, precision=precision, links=links(layout, precision), stages=stages,
+                steps=[estimate(layout, *source) for source in sources],
+                unequal=[estimate(layout, *source, stages) for source in sources],
                 ranks=[rank_plan(layout, precision, number, ranks) for number, ranks in chosen.items()])
 
 

@@ -70,9 +70,10 @@ def memory_lines(plan: Plan) -> list[str]:
         sizes("buffers: receiving, experts' rows", each("buffers")),
         sizes("sum, as the report does it" + " (H800: 80)" * large, each("total")),
         *(sizes(f"  in {name}", (kind.memory[name].total for kind in kinds)) for name in BITS if name != precision),
-        sizes("ours adds: FSDP gathers weights in FP32", each("gathered")),
-        sizes("ours adds: the residual stream is FP32", each("stream")),
-        sizes("sum, as our engine does it", each("ours")),
+        *(() if precision != "fp8" else (
+            sizes("ours adds: FSDP gathers weights in FP32", each("gathered")),
+            sizes("ours adds: the residual stream is FP32", each("stream")),
+            sizes("sum, as our engine does it", each("ours")))),
         row("actions of torch's schedule in a step", (count.actions for count in built), "built")]
 
 
@@ -82,7 +83,7 @@ def notes(plan: Plan) -> list[str]:
     lines = [
         "built: with tensors that hold nothing, on a process group in name only. Values and optimiser " + (
             "are what shapes say" if same else "ARE NOT what shapes say"),
-        "activations: our modules keep that in FP8 (tests/test_recompute.py); in bf16, fp32 they recompute nothing",
+        "activations: our modules keep that in FP8 (tests/test_recompute.py); else they recompute nothing, keep more",
         "not counted: CUDA context, NCCL, fragmentation, workspace of the layer being computed"]
     if plan.precision == "fp8" and plan.layout.ep > 1:
         lines.append("not there yet: experts that are spread over GPUs and compute in FP8; experts.py refuses them")
@@ -158,25 +159,31 @@ def is_published(plan: Plan) -> bool:
 
 def open_lines(plan: Plan) -> list[str]:
     """Where durations come from, and what stays unexplained."""
-    step = plan.steps[0]
-    work = step.timeline.makespan - sum(step.timeline.idle) / len(step.timeline.idle)
-    unequal = (f"- stages count as equally long, but one rank has {plan.heaviest:.2f} times the mean FLOPs: about "
-               f"{work * plan.heaviest:.4g} s of work that no order shortens")
     if is_published(plan):
-        return ["what stays unexplained", *unexplained(plan), unequal]
+        return ["what stays unexplained", *unexplained(plan)]
+    (unequal,) = plan.unequal
     return ["- durations are those of a public trace of the full model in FP8 on H800s, scaled by FLOPs (a product",
-            "  in BF16 counts twice, in FP32 four times); smaller products take longer than that", unequal]
+            "  in BF16 counts twice, in FP32 four times); smaller products take longer than that",
+            f"- with stages in the ratio of their FLOPs, {times(plan)} the mean, a step takes {unequal.seconds:.4g} s"]
+
+
+def times(plan: Plan) -> str:
+    return f"{min(plan.stages):.2f} to {max(plan.stages):.2f} times"
 
 
 def unexplained(plan: Plan) -> list[str]:
-    idle = plan.steps[1].timeline.idle
+    """Of the published step, in this layout."""
+    idle, unequal = (steps[1].timeline.idle for steps in (plan.steps, plan.unequal))
     blocks = [sum(isinstance(action, Overlapped) for action in order) for order in plan.layout.orders]
     fewest, most = min(blocks), max(blocks)
     exchange = 2 * TRACE_LAYERS * plan.links.seconds
     return [
         f"- with table 4's own durations the order leaves {TABLE_4['bubble'] - max(idle):.2f} to "
-        f"{TABLE_4['bubble'] - min(idle):.2f} s of the published bubble of {TABLE_4['bubble']} s open; unequal",
-        "  stages, unbalanced routing and sends between ranks are not simulated, and nothing here says which it is",
+        f"{TABLE_4['bubble'] - min(idle):.2f} s of the published bubble of {TABLE_4['bubble']} s open",
+        f"- unequal stages could be that: in the ratio of our split's FLOPs, {times(plan)} the mean, ranks idle",
+        f"  {min(unequal):.2f} to {max(unequal):.2f} s and a step takes {plan.unequal[1].seconds:.4g} s. "
+        "But the real split is not published, and unbalanced",
+        "  routing and sends between ranks are not simulated: nothing here says which it is",
         f"- table 4 gives an F&B block {1e3 * TABLE_4['F&B'] / most:.0f} to {1e3 * TABLE_4['F&B'] / fewest:.0f} ms "
         f"({fewest} to {most} a rank); the trace shows one of {1e3 * TRACE_BLOCK:.0f} ms,",
         "  with balanced routing and without sends between ranks",

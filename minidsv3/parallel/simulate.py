@@ -8,10 +8,12 @@ How communication is modelled: `communication` is the time of one exchange betwe
 chunk). Every F and every I has one, W has none. A lone action's exchange is exposed: the rank waits for it. In an F&B
 block the exchanges hide behind the work as far as `overlapped`, the length of the whole block, leaves them room.
 
-Where the model ends: handing activations to the next rank takes no time, all stages are equally long, an exchange takes
-no processors away from the work, and there is no optimiser step. A real cluster waits longer than this.
+Where the model ends: handing activations to the next rank takes no time, all stages are equally long unless `stages`
+says otherwise, an exchange takes no processors away from the work, and there is no optimiser step. A real cluster
+waits longer than this.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,14 +40,18 @@ class Timeline:
 
 
 def simulate(orders: Orders, forward: float = 1, backward_input: float = 1, backward_weight: float = 1,
-             overlapped: float | None = None, communication: float = 0) -> Timeline:
+             overlapped: float | None = None, communication: float = 0, stages: Sequence[float] = ()) -> Timeline:
     """Runs `orders` as early as the dependencies allow.
 
     The durations are those of one chunk's F, I and W without exchange, in any unit; B takes I + W. `overlapped` is the
     length of one F&B block with its two exchanges; None overlaps nothing: F and then B, each with its exchange.
-    Raises ValueError if a duration is negative or the orders wait for each other for ever.
+    `stages` multiplies the work of each stage's chunks, and blocks in proportion; all are equal without it.
+    Raises ValueError if a duration is negative, `stages` leaves one out, or the orders wait for each other for ever.
     """
-    costs = _Costs(forward, backward_input, backward_weight, overlapped, communication)
+    last = max(part.stage for order in orders for action in order for part in action.parts)
+    if stages and len(stages) <= last:
+        raise ValueError(f"stages has {len(stages)} entries; the orders work on {last + 1} stages")
+    costs = _Costs(forward, backward_input, backward_weight, overlapped, communication, tuple(stages))
     spans = _run(orders, costs)
     makespan = max(span.end for rank in spans for span in rank)
     return Timeline(makespan, [makespan - sum(span.end - span.start for span in rank) for rank in spans], spans,
@@ -60,26 +66,31 @@ class _Costs:
     backward_weight: float
     overlapped: float | None
     communication: float
+    stages: tuple[float, ...]
 
     def __post_init__(self):
-        for name, value in vars(self).items():
+        for name in ("forward", "backward_input", "backward_weight", "overlapped", "communication"):
+            value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; a duration is at least 0")
+        if min(self.stages, default=0) < 0:
+            raise ValueError(f"stages has {min(self.stages)}; work is multiplied by at least 0")
 
-    def work(self, action: Action) -> float:
-        return {"F": self.forward, "I": self.backward_input, "W": self.backward_weight,
-                "B": self.backward_input + self.backward_weight}[action.kind]
+    def work(self, action: Action | Overlapped, equal: bool = False) -> float:
+        kinds = {"F": self.forward, "I": self.backward_input, "W": self.backward_weight,
+                 "B": self.backward_input + self.backward_weight}
+        return sum(kinds[part.kind] * (1 if equal or not self.stages else self.stages[part.stage])
+                   for part in action.parts)
 
     def length(self, action: Action | Overlapped) -> float:
-        if self._overlaps(action):
-            return self.overlapped
-        return sum(map(self.work, action.parts)) + self.exposed(action)
+        if not self._overlaps(action):
+            return self.work(action) + self.exposed(action)
+        equal = self.work(action, equal=True)
+        return self.overlapped * (self.work(action) / equal if equal else 1)
 
     def exposed(self, action: Action | Overlapped) -> float:
         exchanges = self.communication * sum(part.kind != "W" for part in action.parts)
-        if self._overlaps(action):
-            return min(max(self.overlapped - sum(map(self.work, action.parts)), 0), exchanges)
-        return exchanges
+        return min(max(self.length(action) - self.work(action), 0), exchanges) if self._overlaps(action) else exchanges
 
     def _overlaps(self, action: Action | Overlapped) -> bool:
         return isinstance(action, Overlapped) and self.overlapped is not None

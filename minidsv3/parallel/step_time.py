@@ -9,10 +9,11 @@ Seconds of a chunk come from one of two publications of DeepSeek's:
                input and for weights, F&B blocks, bubble and optimiser. Divided by how often the order does each.
 
 The two are independent of each other, and the second is no prediction: its parts and its sum are of one measurement.
-All stages count as equally long. Real ones are not: `heaviest_rank` says how far from it a split is.
+All stages count as equally long, which real ones are not: `stage_work` says how unequal a split makes them.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -193,9 +194,10 @@ class Step:
         return self.timeline.makespan + self.optimiser
 
 
-def estimate(layout: Layout, durations: Durations, optimiser: float) -> Step:
-    """Simulates the layout's order."""
-    return Step(durations=durations, timeline=simulate(layout.orders, *durations[1:]), optimiser=optimiser)
+def estimate(layout: Layout, durations: Durations, optimiser: float, stages: Sequence[float] = ()) -> Step:
+    """Simulates the layout's order, with equal stages or with work in the ratio of `stages`."""
+    timeline = simulate(layout.orders, *durations[1:], stages=stages)
+    return Step(durations=durations, timeline=timeline, optimiser=optimiser)
 
 
 def optimiser_seconds(layout: Layout) -> float:
@@ -215,8 +217,7 @@ def optimiser_seconds(layout: Layout) -> float:
     return max(map(sent, range(layout.pp))) * 6 / link
 
 
-def heaviest_rank(layout: Layout) -> float:
-    """The FLOPs of the pipeline rank that has most, over the mean: no order makes a step shorter than its own work."""
+def stage_work(layout: Layout) -> list[float]:
+    """The FLOPs of each stage over the mean."""
     stages = [sum(chunk_flops(layout.config, piece, layout.sequence).values()) for piece in layout.pieces]
-    ranks = [sum(stages[piece.stage] for piece in layout.held(rank)) for rank in range(layout.pp)]
-    return max(ranks) * len(ranks) / sum(ranks)
+    return [flops * len(stages) / sum(stages) for flops in stages]
