@@ -6,8 +6,10 @@ when a command runs, so that help appears at once.
 """
 
 import json
+import os
 import warnings
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,8 +64,15 @@ def train(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE",
                                                    help="any field of ModelConfig, Recipe, TrainConfig")] = None,
     kernels: Kernels = "auto",
+    pp: Annotated[int, typer.Option(help="under torchrun: ranks of a pipeline")] = 1,
+    ep: Annotated[int, typer.Option(help="under torchrun: ranks that share out the experts of a layer")] = 1,
+    nodes: Annotated[int, typer.Option(help="nodes that these stand on; with several, dispatch takes two hops")] = 1,
+    schedule: Annotated[str, typer.Option(help="1f1b, zb1p, dualpipev or dualpipe")] = "dualpipev",
+    payload: Annotated[str | None, typer.Option(help="fp8: what a dispatch sends  [default: activations]")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds until a silent rank counts as lost")] = 600,
 ) -> None:
-    """Train on real text; Ctrl-C saves, --resume goes on."""
+    """Train on real text; Ctrl-C saves, --resume goes on. `torchrun --nproc-per-node N -m minidsv3 train` shares a run
+    among N processes: what --pp and --ep leave of them is data parallel, and --resume may lay them out anew."""
     from . import train as training
     from .kernels import use_kernels
     use_kernels(kernels)
@@ -72,17 +81,31 @@ def train(
     out = out or Path("runs") / preset
     if resume and (settings or set_ or tokens is not None):
         raise typer.BadParameter(f"a run resumes with the settings it began with; give --resume and --out {out} alone")
+    run, resume_run, program = training.train, training.resume, "python"
+    if "LOCAL_RANK" in os.environ or max(pp, ep, nodes) > 1:
+        from .parallel import train as parallel
+        spread = parallel.Spread(pp=pp, ep=ep, nodes=nodes, schedule=schedule, payload=payload)
+        run = partial(parallel.train, spread=spread, timeout=timeout)
+        resume_run, program = partial(parallel.resume, spread=spread, timeout=timeout), "torchrun .."
     try:
         if resume:
-            result = training.resume(out)
+            result = resume_run(out)
         else:
             config = train_config(preset, set_ or [], tokens, settings)
-            typer.echo("Reading the corpus and training a tokenizer on it takes some seconds.", err=True)
-            result = training.train(config, out)
+            if leads():
+                typer.echo("Reading the corpus and training a tokenizer on it takes some seconds.", err=True)
+            result = run(config, out)
     except training.Interrupted as stopped:
-        typer.echo(f"\n{stopped}; go on with: python -m minidsv3 train --resume --out {out}", err=True)
+        if leads():
+            typer.echo(f"\n{stopped}; go on with: {program} -m minidsv3 train --resume --out {out}", err=True)
         raise typer.Exit(130) from stopped
-    report(result, out)
+    if result is not None:
+        report(result, out)
+
+
+def leads() -> bool:
+    """Whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def train_config(preset: str, assignments: list[str], tokens: int | None, settings: dict[str, Any]) -> "TrainConfig":
@@ -173,11 +196,15 @@ def export(
 def load(path: Path, device: str) -> "tuple[Transformer, Tokenizer]":
     """Model and tokenizer of a hub folder or of a run."""
     from .checkpoint import load_checkpoint, load_tokenizer
-    from .train import load_run
+    from .run_state import is_sharded
     if is_hub_folder(path):
         return load_checkpoint(path, device=device), load_tokenizer(path)
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; give that of a run or of a model, or train one first")
+    if is_sharded(path):
+        from .parallel.train import load_run
+    else:
+        from .train import load_run
     transformer, tokenizer = load_run(path)
     return transformer.to(device), tokenizer
 

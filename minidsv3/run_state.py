@@ -33,6 +33,7 @@ __all__ = ["CheckpointError", "SavedState", "load_latest", "random_state", "save
            "set_random_state"]
 
 POINTER, MANIFEST, TREE = "latest", "manifest.json", "state.json"
+SHARDED = "sharded"      # the key of state.json that tells saves of many ranks (`parallel/saves.py`)
 STEP_FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
 
 
@@ -103,6 +104,11 @@ def latest_whole(folder: str | Path) -> Path:
     raise CheckpointError(f"there is no saved state in {folder}; it would hold a folder step-00000001 or the like")
 
 
+def is_sharded(folder: str | Path) -> bool:
+    """Whether the last whole save in `folder` is of a run on many ranks. Raises `CheckpointError` as `load_latest`."""
+    return SHARDED in json.loads((latest_whole(folder) / TREE).read_text(encoding="utf-8"))
+
+
 def saved_steps(folder: str | Path) -> list[int]:
     """The steps that have a save in `folder`, newest first, whole or not; empty if nothing was ever saved there."""
     return [_step(path) for path in _newest_first(Path(folder))]
@@ -153,6 +159,8 @@ def _sha256(file: Path) -> str:
 
 def _read(save: Path) -> SavedState:
     document = json.loads((save / TREE).read_text(encoding="utf-8"))
+    if SHARDED in document:
+        raise CheckpointError(f"{save} was saved by a run on many ranks; read it with minidsv3.parallel.train.alone")
     tensors: dict[str, Tensor] = {}
     for file in save.glob("*.safetensors"):
         tensors |= {name: tensor.clone() for name, tensor in load_file(file).items()}   # not a view of the file

@@ -165,7 +165,7 @@ def evaluate(model: Transformer, batches: list[Batch], precision: str = "fp32") 
 class Run:
     """All that changes while a run goes on. What `state_dict` returns is what a save holds."""
 
-    leads = True    # whether this process keeps the log: `parallel/train.py` has runs of many processes
+    leads, ema_device = True, "cpu"    # whether this process keeps the log; `parallel/train.py` has runs of many
 
     def __init__(self, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer):
         check_memory(config)
@@ -176,7 +176,7 @@ class Run:
         self.model = self.build_model()
         self.optimizer = AdamW(parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr(0), betas=recipe.betas,
                                eps=recipe.eps, moments=MOMENTS[config.moments])
-        self.ema = EMA(self.model, recipe.ema_decay)
+        self.ema = EMA(self.model, recipe.ema_decay, self.ema_device)
         self.data = MixedBatches(corpus.train, tokenizer, recipe.sequence_length, config.seed, config.fim_rate)
         self.step = self.tokens = 0
 
