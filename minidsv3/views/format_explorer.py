@@ -41,15 +41,15 @@ def start_state(**changes) -> dict:
 
 @lru_cache
 def _noise() -> tuple[Tensor, Tensor]:
-    """Gaussian numbers [rows, columns], and one for each row's size."""
+    """Gaussian numbers [rows, columns], and one for each row's size; drawn in float64, which is alike everywhere."""
     generator = torch.Generator().manual_seed(4)
-    return torch.randn(SHAPE, generator=generator), torch.randn(SHAPE[0], 1, generator=generator)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (SHAPE, (SHAPE[0], 1)))
 
 
 def matrix(state: dict) -> Tensor:
     """Gaussian numbers; rows differ in size by the spread, and one number is the outlier (1: there is none)."""
     numbers, sizes = _noise()
-    x = numbers * torch.exp(state["spread"] * sizes)
+    x = (numbers * torch.exp(state["spread"] * sizes)).float()
     if state["outlier"] > 1:
         x[OUTLIER] = state["outlier"]
     return x

@@ -6,6 +6,7 @@ Each takes plain numbers or asks the package, so that a toy, a run and a stored 
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 import torch
 from matplotlib.patches import Rectangle
@@ -84,7 +85,7 @@ RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u207
 
 TILED = {                               # rows and columns of one tile, in units of the drawing
     "1 x 128": (0.25, 1.0), "128 x 1": (1.0, 0.25), "128 x 128": (1.0, 1.0)}
-PRODUCTS = (                            # name, summed over; letter, rows, columns and tiles of both sides and the result
+PRODUCTS = (                            # name, summed over; letter, rows, columns and tiles of each of three matrices
     ("Fprop", "channels of x", ("x", 2, 3, "1 x 128"), ("W\u1d40", 3, 2, "128 x 128"), ("y", 2, 2, "BF16")),
     ("Dgrad", "channels of y", ("dy", 2, 2, "1 x 128"), ("W", 2, 3, "128 x 128"), ("dx", 2, 3, "BF16")),
     ("Wgrad", "tokens", ("dy\u1d40", 2, 2, "1 x 128"), ("x", 2, 3, "128 x 1"), ("dW", 2, 3, "FP32")),
@@ -138,7 +139,8 @@ def _matrix(axes, x: float, middle: float, letter: str, rows: int, columns: int,
 @styled
 def error_curves(panels: Mapping[str, tuple[str, Mapping[str, Sequence[tuple[float, float]]]]],
                  ylabel: str = "error, % of the numbers' size") -> Picture:
-    """Errors against something, both axes logarithmic: panel -> (label of x, {name: points (x, error in percent)})."""
+    """Errors against something: panel -> (label of x, {name: points (x, error in percent)}). Errors are on a
+    logarithmic axis, and so is x if it spans more than a factor of 20."""
     names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
     picture = Picture(2.2 + 3.6 * len(panels), 3.5, f"Errors in percent for {', '.join(names)}, in the panels "
                       f"{', '.join(panels)}. See which lines rise and which stay level.", FEW)
@@ -149,7 +151,8 @@ def error_curves(panels: Mapping[str, tuple[str, Mapping[str, Sequence[tuple[flo
             colour, dashes, mark = looks[name]
             axes.plot(*zip(*points), color=colour, linestyle=dashes, marker=mark, markersize=6, linewidth=1.6,
                       label=name)
-        axes.set(xscale="log", yscale="log", xlabel=xlabel)
+        across = [x for points in lines.values() for x, _ in points]
+        axes.set(xscale="log" if max(across) > 20 * min(across) else "linear", yscale="log", xlabel=xlabel)
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(color=GREY, linewidth=0.4)
         _plain_ticks(axes.yaxis, [y for points in lines.values() for _, y in points])
@@ -178,7 +181,7 @@ def by_recipe(errors: Mapping[str, Sequence[float]], xlabel: str) -> Picture:
     for i, (name, values) in enumerate(errors.items()):
         axes.axhline(i, color=GREY, linewidth=0.6, zorder=0)
         axes.scatter(values, [i] * len(values), s=46, color=BLUE, edgecolor=BLACK, linewidth=0.7)
-        axes.text(1.06 * most, i, f"{sorted(values)[len(values) // 2]:.1f}", va="center", weight="bold")
+        axes.text(1.06 * most, i, f"{median(values):.1f}", va="center", weight="bold")
     axes.set(yticks=range(len(errors)), yticklabels=list(errors), xlim=(0, 1.14 * most), xlabel=xlabel,
              ylim=(len(errors) - 0.5, -0.5))
     picture.tight_layout()
@@ -195,7 +198,7 @@ def stacked_bytes(rows: Mapping[str, Mapping[str, float]], xlabel: str) -> Pictu
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     fills = dict(zip(parts, (Fill(SKY), Fill(ORANGE, "/"), Fill(GREEN, "\\"), Fill(YELLOW, "-"), Fill(PURPLE, "."),
                              Fill(WHITE, "x"), Fill(GREY, "|"))))
-    picture = Picture(10, 1.5 + 0.62 * len(rows), f"Bars of {xlabel} for {', '.join(rows)}, cut into "
+    picture = Picture(10, 1.2 + 0.58 * len(rows), f"Bars of {xlabel} for {', '.join(rows)}, cut into "
                       f"{', '.join(parts)}. Compare the lengths.", FEW)
     axes = picture.subplots()
     most = max(sum(row.values()) for row in rows.values())
@@ -210,7 +213,7 @@ def stacked_bytes(rows: Mapping[str, Mapping[str, float]], xlabel: str) -> Pictu
     axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlim=(0, 1.12 * most), xlabel=xlabel,
              ylim=(len(rows) - 0.5, -0.5))
     handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
-    picture.tight_layout(rect=(0, 0, 1, 1 - 0.42 * -(-len(parts) // 4) / picture.get_figheight()))
+    picture.tight_layout(rect=(0, 0, 1, 1 - 0.28 * -(-len(parts) // 4) / picture.get_figheight()))
     picture.legend(handles.values(), handles.keys(), loc="upper center", ncols=min(len(parts), 4), frameon=False,
                    handleheight=1.2)
     return picture
@@ -227,8 +230,8 @@ def beside_bf16(losses: Mapping[str, Sequence[Sequence[float]]], apart: Mapping[
     All lines are over steps 1, 2, ..
     """
     picture = Picture(10, 3.6, f"Left, loss over steps for {', '.join(losses)}, a line for each seed; right, distance "
-                      f"from BF16 in percent for {', '.join(apart)}, with a band of {bound} percent. See whether the "
-                      "lines on the right leave the band.", FEW)
+                      f"from BF16 in percent for {', '.join(apart)}, with lines at +-{bound} percent. See which of "
+                      "them end between these lines, and whether the control does.", FEW)
     left, right = picture.subplots(1, 2)
     looks = dict(zip(dict.fromkeys([*losses, *apart]), LOOKS))
     for axes, curves in ((left, losses), (right, apart)):
@@ -241,8 +244,10 @@ def beside_bf16(losses: Mapping[str, Sequence[Sequence[float]]], apart: Mapping[
         axes.set(xlabel="step", xlim=(1, len(line)))
         axes.legend(frameon=False, loc="upper right")
     left.set(ylabel="loss, nats")
-    right.axhspan(-bound, bound, facecolor=GREY, alpha=0.45, zorder=0)
-    right.axhline(0, color=BLACK, linewidth=0.8)
+    for level in (-bound, 0, bound):
+        right.axhline(level, color=BLACK, linewidth=1.6 if level else 0.8, zorder=0)
+    right.text(1.02, bound, f"+{bound:g} %", transform=right.get_yaxis_transform(), va="center", fontsize=10)
+    right.text(1.02, -bound, f"\u2212{bound:g} %", transform=right.get_yaxis_transform(), va="center", fontsize=10)
     right.set(ylabel="loss above BF16's, %")
     picture.tight_layout()
     return picture

@@ -1,0 +1,167 @@
+"""Chapter 04's explorer and pictures: numbers against the package, what the view teaches, the rules of drawings."""
+
+import math
+import re
+from itertools import combinations
+
+import pytest
+import torch
+from drawn_text import misplaced
+from test_views import _seconds, check_rules
+
+from minidsv3.formats import E4M3, E5M2, fake_quantize, round_to
+from minidsv3.views import format_explorer as explorer
+from minidsv3.views import fp8 as draw
+
+STATES = {name: explorer.start_state(**changes) for name, changes in {
+    "start": {}, "int8": {"format": "INT8"}, "e5m2 in tiles": {"format": "E5M2", "granularity": "1 x 128"},
+    "e5m6": {"format": "E5M6", "outlier": 1e6}, "rows differ": {"outlier": 1.0, "spread": 5},
+    "blocks": {"granularity": "128 x 128", "spread": 3, "scales": "powers of two"},
+    "too small": {"outlier": 1.0, "shift": -14}, "too large": {"outlier": 1.0, "shift": 14},
+    "int8, too large": {"format": "INT8", "outlier": 1.0, "shift": 14}}.items()}
+
+
+def facts(**changes) -> dict:
+    return explorer.explorer_facts(explorer.start_state(**changes))
+
+
+def thousandths(**changes) -> int:
+    return facts(**changes)["error in thousandths"]
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("state", [state for state in STATES.values() if not state["shift"]])
+def test_the_error_is_that_of_what_comes_back(state):
+    x, format = explorer.matrix(state), explorer.FORMATS[state["format"]]
+    wrong = fake_quantize(x, format, explorer.GRANULARITY[state["granularity"]],
+                          explorer.SCALES[state["scales"]]) - x
+    x = x.clone()
+    x[explorer.OUTLIER] = wrong[explorer.OUTLIER] = 0
+    want = (wrong.norm(dim=1) / x.norm(dim=1)).mean().item()
+    assert explorer.error(state) == pytest.approx(want, rel=1e-4)
+
+
+def test_what_is_lost_and_what_is_too_large_by_counting():
+    state = explorer.start_state(outlier=1.0, shift=-3)
+    x = explorer.matrix(state)
+    places = x / (x.abs().max() / 448 / 8)
+    found = explorer.explorer_facts(state)
+    assert found["saturated of 10,000"] == round(1e4 * (places.abs() > 448.5).float().mean().item()) > 1000
+    small = explorer.start_state(outlier=1.0, shift=14)
+    places = x / (x.abs().max() / 448 * 2 ** 14)
+    lost = (round_to(places, E4M3) == 0) & (x != 0)
+    assert explorer.explorer_facts(small)["lost of 10,000"] == round(1e4 * lost.float().mean().item()) > 1000
+    assert found["numbers of the format"] == 126 and facts(format="INT8")["numbers of the format"] == 127
+
+
+def test_scales_and_bits():
+    assert [facts(granularity=name)["scales"] for name in explorer.GRANULARITY] == [1, 256, 4, 512]
+    assert facts(format="E5M6")["bits a value"] == 12 and facts()["bits a value"] == 8
+
+
+def test_what_the_view_teaches():
+    """A scale moves nothing in E4M3; an outlier of 1,000 ruins int8 alone; only rows of their own help rows of
+    different size; E5M2 is twice as coarse."""
+    assert thousandths(outlier=1.0, shift=0) == thousandths(outlier=1.0, shift=5) == 26
+    assert thousandths(outlier=1.0, shift=-3) > 500
+    assert thousandths(outlier=1000.0) == 26 and thousandths(outlier=1000.0, format="INT8") > 900
+    assert thousandths(outlier=1e5) > 100 > 30 > thousandths(outlier=1e5, granularity="1 x 128")
+    differing = {name: thousandths(outlier=1.0, spread=4, granularity=name) for name in explorer.GRANULARITY}
+    assert min(differing["one scale for all"], differing["128 x 128"]) > 300
+    assert differing["one a row"] == differing["1 x 128"] == 26
+    assert thousandths(format="E5M2", outlier=1.0) == pytest.approx(2 * thousandths(outlier=1.0), rel=0.05)
+
+
+def test_a_control_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="size is no control of the format explorer"):
+        explorer.start_state(size=3)
+
+
+# ---- the drawing ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_explorer_keeps_the_rules(state):
+    html = explorer.render_explorer(state)
+    check_rules(html)
+    assert not misplaced(html)
+    assert explorer.render_explorer(dict(state)) == html
+    assert min(_seconds(lambda: explorer.render_explorer(state)) for _ in range(5)) < 0.05
+
+
+def test_explorer_states_differ():
+    drawn = [explorer.render_explorer(state) for state in STATES.values()]
+    assert all(one != other for one, other in combinations(drawn, 2))
+
+
+def test_the_sentence_says_what_is_seen():
+    html = explorer.render_explorer(explorer.start_state())
+    assert "an outlier of 1,000. The others come back with an error of 2.6 %" in html
+    assert "rows whose sizes differ by a factor of e^3" in explorer.render_explorer(explorer.start_state(spread=3))
+    assert "all scales times 2^-2" in explorer.render_explorer(explorer.start_state(shift=-2))
+
+
+def test_every_number_of_the_format_is_a_stroke():
+    html = explorer.render_explorer(explorer.start_state(outlier=1.0))
+    strokes = [float(x) for x in re.findall(rf'x1="([\d.]+)" y1="{explorer.BASE + 4}.0" .*?stroke-width="0.9"', html)]
+    assert len(strokes) == 126
+    assert max(strokes) == pytest.approx(explorer.at(math.log2(448)), abs=0.06)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+POINTS = [(10.0 ** n, 2.0 + n) for n in range(4)]
+PICTURES = {
+    "number line": lambda: draw.number_line({"as it is": torch.randn(500).tolist(), "small": [0.0, 1e-5, 3e-3]}, E4M3),
+    "number line, e5m2": lambda: draw.number_line({"as it is": torch.randn(500).tolist()}, E5M2),
+    "products": draw.three_products,
+    "errors": lambda: draw.error_curves({"outlier": ("size", {"E4M3": POINTS, "INT8": POINTS[1:]}),
+                                         "rows": ("sigma", {"E4M3": [(1, 2.6), (2, 3.0)]})}),
+    "recipes": lambda: draw.by_recipe({"BF16": [1.0, 1.2], "FP8 as in the report": [6.5, 7.0]}, "error, %"),
+    "bytes": lambda: draw.stacked_bytes({"BF16": {"a": 2.0, "b": 3.0, "c": 1.0, "d": 1.0, "e": 4.0}, "FP8": {"a": 1.0}},
+                                        "KB a token"),
+    "training": lambda: draw.beside_bf16({"BF16": [[3.0, 2.0, 1.5]] * 2, "FP8": [[3.0, 2.1, 1.4]] * 2},
+                                         {"FP8": [[0.0, 0.3, -0.2]], "control": [[0.0, 0.1, 0.2]]}, bound=0.25),
+    "explorer": lambda: explorer.format_explorer_states({name: STATES[name] for name in ("start", "int8", "blocks")}),
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES.values(), ids=PICTURES)
+def test_pictures_are_reproducible_and_say_what_they_show(picture):
+    torch.manual_seed(0)
+    first = picture()
+    torch.manual_seed(0)
+    assert first.png() == picture().png() and len(first.png()) < 24_000
+    assert len(re.findall(r"[.] |[.]$", first.alt)) >= 2
+
+
+@pytest.mark.parametrize("picture", PICTURES.values(), ids=PICTURES)
+def test_picture_text_is_large_enough_and_on_the_page(picture):
+    """12 pixels at 100 an inch are 8.64 points. Labels of ticks beyond the ends of an axis are not drawn."""
+    drawn = picture()
+    drawn.png()
+    words = [text for axes in drawn.axes for text in (*axes.texts, axes.title, axes._left_title, axes.xaxis.label,
+                                                      axes.yaxis.label)]
+    words = [text for text in (*words, *(text for legend in drawn.legends for text in legend.texts)) if text.get_text()]
+    labels = [text for axes in drawn.axes if axes.axison for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    assert words and min(text.get_fontsize() for text in words + labels) >= 8.64
+    width, height = drawn.canvas.get_width_height()
+    for text in words:
+        box = text.get_window_extent()
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, text
+
+
+def test_what_becomes_zero_is_said():
+    drawn = draw.number_line({"some": [0.0, 2.0 ** -11, 2.0 ** -10, 1.0, -1.0]}, E4M3)
+    assert drawn.axes[0].get_title(loc="left") == "some: 50.0 % become 0"
+
+
+def test_tiles_lie_along_the_sum():
+    """128 along columns of the left operand and along rows of the right one, in all three products."""
+    for _, _, (*_, left), (*_, right), _ in draw.PRODUCTS:
+        assert draw.TILED[left][1] == 1.0 and draw.TILED[right][0] == 1.0
+
+
+@pytest.mark.parametrize("value, words", [(8.0, "8"), (0.25, "0.25"), (2.0 ** -9, "2\u207b\u2079")])
+def test_powers_are_written_short(value, words):
+    assert draw.power(value) == words
