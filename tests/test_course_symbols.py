@@ -11,6 +11,7 @@ from minidsv3.attention import LatentCache
 from minidsv3.course.symbols import SYMBOLS, Symbol
 from minidsv3.kernels import Routing, quantize
 from minidsv3.optim import Recipe
+from minidsv3.parallel import simulate, stage
 
 
 @pytest.fixture(scope="module", params=["full", "nano"])
@@ -41,8 +42,8 @@ def test_a_wrong_size_is_seen(row, preset):
 def test_name_exists(row, preset):
     """The name in backticks is a module, a buffer, a field or a method of what the row is about."""
     name = re.search(r"`([\w.]+)`", row.code)[1]
-    owners = {"LatentCache": LatentCache, "Routing": Routing, "Recipe": Recipe, "quantize": quantize,
-              "e5m6": e5m6, "formats": formats}
+    owners = {"LatentCache": LatentCache, "Routing": Routing, "Recipe": Recipe, "quantize": quantize, "e5m6": e5m6,
+              "formats": formats, "simulate": simulate, "stage": stage}
     owner, _, attribute = name.partition(".")
     if owner in owners:
         assert hasattr(owners[owner], attribute)

@@ -15,6 +15,9 @@ from ..kernels import Routing, quantize, route
 from ..model import Transformer
 from ..moe import MoE
 from ..optim import Recipe
+from ..parallel.schedule import dualpipe
+from ..parallel.simulate import simulate
+from ..parallel.stage import split
 
 Size = tuple[int, ...] | float
 
@@ -89,9 +92,14 @@ def _by_head(weight: torch.Tensor, model: Transformer) -> torch.Tensor:
     return weight.unflatten(0, (model.config.num_attention_heads, -1))
 
 
+def _stages(model: Transformer) -> int:
+    """Stages of four things: layers of the main model, the embedding, the head, MTP modules."""
+    return (model.config.num_hidden_layers + 2 + model.config.num_nextn_predict_layers) // 4
+
+
 SYMBOLS = (
     Symbol("h_t, u_t", "`x`, the stream between layers", (7168,), (256,),
-           "two letters, one stream: h_t enters attention, u_t the FFN", ("00", "01", "02"),
+           "two letters, one stream: h_t enters attention, u_t the FFN", ("00", "01", "02", "07"),
            lambda m, r: m.model.norm.weight),
     Symbol("W^DKV", "`kv_a_proj_with_mqa`, first rows", (512, 7168), (64, 256),
            "one matrix with W^KR: the released name counts both", ("01",),
@@ -166,6 +174,15 @@ SYMBOLS = (
     Symbol("E5M6", "`e5m6.quantize_e5m6`", (24576,), (384,),
            "the cached input of W^O of a token, in bytes: two values in three", ("04",),
            lambda m, r: e5m6.quantize_e5m6(torch.zeros(1, _attention(m).o_proj.weight.shape[1]))[0][0]),
+    Symbol("stages", "`stage.split`", 16, 2,
+           "of four layers, if the embedding, the head and MTP count as one each; a V has two on a rank", ("07",),
+           lambda m, r: len(split(m.config, _stages(m)))),
+    Symbol("batch", "`Recipe.batch_size`", 15360, 8,
+           "sequences at the end; one pipeline of 128 gets M = 120 micro-batches of one", ("07",),
+           lambda m, r: r.batch_size(r.total_tokens)),
+    Symbol("PP + 1", "`simulate.Timeline`, its most in flight", 17, 3,
+           "chunks that a rank of DualPipe holds at most; not twice PP, although parameters are twice", ("07",),
+           lambda m, r: simulate(dualpipe(_stages(m), 4 * _stages(m))).in_flight[0]),
 )
 
 CLASHES = {

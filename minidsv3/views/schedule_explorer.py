@@ -77,7 +77,7 @@ def facts_of(state: dict) -> dict:
     moments = [moment(spans, seen.now) for spans in timeline.spans]
     return {"makespan": tenths(timeline.makespan), "idle": tuple(map(tenths, timeline.idle)),
             "unhidden exchange": tuple(map(tenths, timeline.exposed)), "most in flight": tuple(timeline.in_flight),
-            "formula's makespan": tenths(seen.formula), "now": tenths(seen.now),
+            "by formula": tenths(seen.formula), "now": tenths(seen.now),
             "actions": tuple(each.action for each in moments), "in flight": tuple(each.held for each in moments)}
 
 
@@ -113,8 +113,8 @@ def describe(seen: Seen, state: dict) -> str:
     ranks = "; ".join(f"rank {rank} {moment(spans, seen.now).action}" for rank, spans in enumerate(timeline.spans))
     said = f" The formula says {seen.formula:.1f}." if state["formula"] else ""
     return (f"{state['schedule']} with {len(seen.orders)} ranks and {state['micro_batches']} micro-batches takes "
-            f"{timeline.makespan:.1f}. A rank idles for {span_of(timeline.idle)}, and waits for {span_of(timeline.exposed)} "
-            f"in exchanges that nothing hides.{said} At {seen.now:.1f}: {ranks}.")
+            f"{timeline.makespan:.1f}. A rank idles for {span_of(timeline.idle)}, and waits for "
+            f"{span_of(timeline.exposed)} in exchanges that nothing hides.{said} At {seen.now:.1f}: {ranks}.")
 
 
 def span_of(times: list[float]) -> str:
