@@ -118,7 +118,7 @@ class Layout:
         apart = [rank for rank in range(self.pp) for held in [self.held(rank)]
                  if any(piece.last for piece in held) and not any(piece.first for piece in held)]
         embedding = self.config.vocab_size * self.config.hidden_size
-        found += [("the embedding, once more where MTP needs it", len(apart) * embedding)
+        found += [("the embedding, at the last stage, where MTP reads it", len(apart) * embedding)
                   ] if self.config.num_nextn_predict_layers else []
         return [(name, values) for name, values in found if values]
 

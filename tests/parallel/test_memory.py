@@ -50,7 +50,7 @@ def test_all_ranks_hold_the_published_number():
     got = layout()
     assert held_by_all(got) == 2 * (671_026_419_200 + 11_610_068_224)
     assert got.copies == [("stages that two mirrored ranks hold", 671_026_419_200 + 11_610_068_224)]
-    assert layout(schedule="1f1b").copies == [("the embedding, once more where MTP needs it", 926_679_040)]
+    assert layout(schedule="1f1b").copies == [("the embedding, at the last stage, where MTP reads it", 926_679_040)]
     assert layout(pp=8, schedule="dualpipev").copies == []
 
 
