@@ -111,16 +111,14 @@ class Layout:
     @cached_property
     def copies(self) -> list[tuple[str, int]]:
         """What the pipeline ranks together hold twice: a sentence and the number of values."""
-        holders = [stage for rank in range(self.pp) for stage in {piece.stage for piece in self.held(rank)}]
-        twice = [piece for piece in self.pieces if holders.count(piece.stage) > 1]
-        found = [("stages that two mirrored ranks hold", count(
-            weight for piece in twice for weight in piece_weights(self.config, piece, shared_embedding=True)))]
-        apart = [rank for rank in range(self.pp) for held in [self.held(rank)]
-                 if any(piece.last for piece in held) and not any(piece.first for piece in held)]
-        embedding = self.config.vocab_size * self.config.hidden_size
-        found += [("the embedding, at the last stage, where MTP reads it", len(apart) * embedding)
-                  ] if self.config.num_nextn_predict_layers else []
-        return [(name, values) for name, values in found if values]
+        ranks = [self.held(rank) for rank in range(self.pp)]
+        twice = [piece for piece in self.pieces if sum(piece in held for held in ranks) > 1]
+        mirrored = count(weight for piece in twice for weight in piece_weights(self.config, piece, shared_embedding=True))
+        apart = sum(any(piece.last for piece in held) and not any(piece.first for piece in held) for held in ranks)
+        embedding = self.config.vocab_size * self.config.hidden_size * (self.config.num_nextn_predict_layers > 0)
+        found = [("stages that two mirrored ranks hold", mirrored),
+                 ("the embedding, at the last stage, where MTP reads it", apart * embedding)]
+        return [(what, values) for what, values in found if values]
 
 
 def piece_weights(config: ModelConfig, piece: Piece, shared_embedding: bool) -> list[Weight]:
