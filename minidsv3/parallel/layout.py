@@ -113,7 +113,7 @@ class Layout:
         """What the pipeline ranks together hold twice: a sentence and the number of values."""
         ranks = [self.held(rank) for rank in range(self.pp)]
         twice = [piece for piece in self.pieces if sum(piece in held for held in ranks) > 1]
-        mirrored = count(weight for piece in twice for weight in piece_weights(self.config, piece, shared_embedding=True))
+        mirrored = sum(count(piece_weights(self.config, piece, shared_embedding=True)) for piece in twice)
         apart = sum(any(piece.last for piece in held) and not any(piece.first for piece in held) for held in ranks)
         embedding = self.config.vocab_size * self.config.hidden_size * (self.config.num_nextn_predict_layers > 0)
         found = [("stages that two mirrored ranks hold", mirrored),
