@@ -53,6 +53,7 @@ MOVES = [
     Move("05_kernels", "stepper", "rows of a tile", "ArrowLeft", r"(\d+) FLOP a byte"),
     Move("06_expert_parallelism", "explorer", "redundant copies (slots a GPU)", "ArrowRight",
          r"fullest (\S+) times the mean \(dashed"),
+    Move("07_dualpipe", "explorer", "ranks P", "ArrowLeft", r"in all (\S+)"),
 ]
 
 

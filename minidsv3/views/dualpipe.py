@@ -14,6 +14,7 @@ from ..parallel.simulate import Span, Timeline, longest_path, simulate
 from .style import BLACK, GREY, PASSES, SKY, VERMILION, WHITE, Picture, ink, styled
 
 FEW = 20                                # colours that are enough here, see `Picture`
+LETTER = 0.0115                         # of the time axis, as wide as a letter
 PASS = {"F": "forward", "I": "backward for inputs", "W": "backward for weights", "X": "communication"}
 LETTERS = {"F": "F: forward", "I": "I: backward for the input", "W": "W: backward for the weights",
            "X": "exchange that nothing hides"}
@@ -75,7 +76,7 @@ def timelines(rows: Mapping[str, tuple[Orders, dict]], columns: Mapping[str, dic
     for line, (row, (orders, own)) in zip(grid, rows.items()):
         for axes, (column, shared) in zip(line, columns.items()):
             timeline = cells[row, column]
-            _lanes(axes, timeline, shared | own, numbers)
+            _lanes(axes, timeline, shared | own, longest if numbers else None)
             if path:
                 _outline(axes, longest_path(orders, timeline))
             axes.text(timeline.makespan + longest * 0.015, len(orders) / 2, f"{timeline.makespan:g}", fontsize=14,
@@ -91,17 +92,18 @@ def timelines(rows: Mapping[str, tuple[Orders, dict]], columns: Mapping[str, dic
     return picture
 
 
-def _lanes(axes, timeline: Timeline, durations: dict, numbers: bool) -> None:
-    """Idle time hatched below, pieces above, a frame around each block, and around each action that is numbered."""
+def _lanes(axes, timeline: Timeline, durations: dict, axis: float | None) -> None:
+    """Idle time hatched below, pieces above, and a frame around each block. With `axis`, the length of the time axis,
+    every action has a frame, and its number if that fits."""
     ranks = len(timeline.spans)
     axes.add_patch(_idle(0, 0, timeline.makespan, ranks))
     for rank, spans in enumerate(timeline.spans):
         for span in spans:
             for piece in pieces(span, **durations):
-                _draw_piece(axes, piece, rank, numbers)
-            if numbers or isinstance(span.action, Overlapped):
+                _draw_piece(axes, piece, rank, axis)
+            if axis or isinstance(span.action, Overlapped):
                 axes.add_patch(Rectangle((span.start, rank), span.end - span.start, 1, fill=False, edgecolor=BLACK,
-                                         linewidth=1.2 if numbers else 0.5))
+                                         linewidth=1.2 if axis else 0.5))
     for rank in range(ranks + 1):
         axes.axhline(rank, color=WHITE, linewidth=1.5)
     axes.set(ylim=(ranks, 0), yticks=(0.5, ranks - 0.5), yticklabels=(0, ranks - 1), ylabel="rank")
@@ -109,13 +111,13 @@ def _lanes(axes, timeline: Timeline, durations: dict, numbers: bool) -> None:
     axes.tick_params(axis="y", length=0, labelsize=9)
 
 
-def _draw_piece(axes, piece: Piece, rank: int, numbers: bool) -> None:
+def _draw_piece(axes, piece: Piece, rank: int, axis: float | None) -> None:
     """Rank 0 is above, so the bottom of a lane is at rank + 1."""
     fill = PASSES[PASS[piece.kind]]
     width, height = piece.end - piece.start, piece.top - piece.bottom
     axes.add_patch(Rectangle((piece.start, rank + 1 - piece.top), width, height, facecolor=fill.colour,
-                             linewidth=0.3 if numbers else 0, edgecolor=BLACK))
-    if numbers:
+                             linewidth=0.3 if axis else 0, edgecolor=BLACK))
+    if axis and width / axis > LETTER * len(piece.label):
         axes.text(piece.start + width / 2, rank + 1 - (piece.top + piece.bottom) / 2, piece.label, ha="center",
                   va="center", fontsize=9 if height == 1 else 7, color=ink(fill.colour))
 
@@ -141,7 +143,7 @@ def _legend(picture: Picture, exchange: bool) -> None:
 
 # ---- one block ------------------------------------------------------------------------------------------------------
 
-TRACE = "DeepSeek's public trace, deepseek-ai/profile-data, train.json: H800, 4 layers with experts, 4096 tokens"
+TRACE = "public trace deepseek-ai/profile-data, train.json: H800, 4 layers with experts, 4096 tokens"
 COMPUTE = (("attn F", "F", 17.5), ("MLP I", "I", 21.2), ("MLP W", "W", 25.5), ("MLP F", "F", 18.4),
            ("attn I", "I", 37.4), ("attn W", "W", 9.6))               # ms, in the trace's order; sums over the 4 layers
 EXCHANGES = (("combine\nof B", 0, 1), ("dispatch\nof F", 1, 2), ("dispatch\nof B", 2, 4), ("combine\nof F", 4, 6))
@@ -156,8 +158,8 @@ def block_order() -> Picture:
     own length is not published apart from the others'.
     """
     picture = Picture(9, 3.6, "The order inside one F&B block of DeepSeek's public trace, compute above and exchange "
-                      f"below, and its sums: {BUSY + EXCHANGED:.1f} ms of work in {SPAN:.1f}. See that beside each "
-                      "exchange of one direction the other direction computes.", FEW)
+                      f"below, and its sums: {BUSY + EXCHANGED:.1f} milliseconds of work in {SPAN:.1f}. Beside "
+                      "each exchange of one direction the other one computes.", 32)
     order, sums = picture.subplots(2, 1, height_ratios=(1.15, 1))
     edges = [0.0]
     for name, kind, length in COMPUTE:
@@ -166,7 +168,8 @@ def block_order() -> Picture:
     exchange = PASSES["communication"].colour
     for name, first, last in EXCHANGES:
         _bar(order, edges[first] + 0.5, edges[last] - edges[first] - 1, 0, exchange, name)
-    order.set(xlim=(0, edges[-1] * 1.003), ylim=(-0.1, 2.2), xticks=(), yticks=(0.5, 1.6), yticklabels=("exchange", "compute"))
+    order.set(xlim=(0, edges[-1] * 1.003), ylim=(-0.1, 2.2), xticks=(), yticks=(0.5, 1.6),
+              yticklabels=("exchange", "compute"))
     order.set_title("the order: compute to scale, in ms; exchanges beside what runs meanwhile", loc="left",
                     fontsize=10.5)
     _bar(sums, 0, BUSY, 1.1, GREY, f"compute {BUSY:.1f}")
@@ -174,8 +177,9 @@ def block_order() -> Picture:
     _bar(sums, 0, SPAN, 0, WHITE, f"the block as measured: {SPAN:.1f}")
     sums.text(SPAN + 3, 0.5, f"{100 * HIDDEN / EXCHANGED:.1f} % of the exchange hides", va="center", fontsize=10.5,
               weight="bold")
-    sums.set(xlim=(0, (BUSY + EXCHANGED) * 1.003), ylim=(-0.1, 2.2), yticks=(0.5, 1.6), yticklabels=("block", "one by one"),
-             xlabel="ms")
+    sums.set(xlim=(0, (BUSY + EXCHANGED) * 1.003), ylim=(-0.1, 2.2), yticks=(0.5, 1.6),
+             yticklabels=("block", "one by one"))
+    sums.set_xlabel(f"ms; {TRACE}", fontsize=9)
     for axes in (order, sums):
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
