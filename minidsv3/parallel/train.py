@@ -8,6 +8,7 @@ whole model, one step of AdamW, one move of the biases by the load of the whole 
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -172,7 +173,7 @@ def resume(out: str | Path, spread: Spread, timeout: float = 600, progress: bool
     """Goes on with a run of many ranks from its last save, on these ranks and this layout, or, without torchrun, as one
     process; otherwise as `train`."""
     out = Path(out)
-    if "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ and spread.pp == spread.ep == 1:
         run = alone(out)
         drive(run, out, progress)
         return finish(run, out)
@@ -212,7 +213,12 @@ def _go_on_at(run: Run, step: int, facts: dict[str, Any]) -> None:
 
 @contextmanager
 def contact(out: Path) -> Iterator[None]:
-    """Says it in a sentence when another rank is gone."""
+    """Says in a sentence that another rank is gone. One notices it by a broken connection, by silence, or because
+    torchrun, which noticed first, terminates those that are left."""
+    def terminated(number: int, frame: object) -> None:
+        raise dist.DistError("torchrun ended this one too")
+
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
         yield
     except RuntimeError as error:
@@ -221,3 +227,5 @@ def contact(out: Path) -> Iterator[None]:
         reason, step = str(error).splitlines()[0], max(saved_steps(out), default=0)
         raise RankLost(f"another rank died or was silent for too long ({reason}); {out} is saved at step {step}, and "
                        "torchrun .. -m minidsv3 train --resume goes on from there") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
