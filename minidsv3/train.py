@@ -118,8 +118,10 @@ def train_step(model: Transformer, optimizer: AdamW, recipe: Recipe, batch: Batc
 
 
 def update_weights(optimizer: AdamW, recipe: Recipe, seen: int, losses: Losses, grad_norm: Tensor) -> None:
-    """AdamW's step with the learning rate after `seen` tokens; forgets the gradients. Raises `Diverged`, before anything
-    is changed, if the loss or the gradient's norm is not finite."""
+    """AdamW's step with the learning rate after `seen` tokens; forgets the gradients.
+
+    Raises `Diverged`, before anything is changed, if the loss or the gradient's norm is not finite.
+    """
     if not (losses.total.isfinite() and grad_norm.isfinite()):
         optimizer.zero_grad()
         raise Diverged(f"loss {losses.total.item()}, norm of the gradient {grad_norm.item()}")

@@ -93,7 +93,7 @@ def number_tables(about: str, tables: Mapping[str, Sequence[Sequence[float]]], r
                   columns: Sequence[str], across: str, form: str = "{:g}") -> Picture:
     """Tables of numbers side by side, lighter for larger ones: title -> [row][column].
 
-    `about` says in a few words what the numbers are; `rows` and `columns` name the lines, `across` what the columns are.
+    `about` says in a few words what the numbers are; `rows` and `columns` name the lines, `across` the columns' kind.
     """
     width, height = 1.3 + len(tables) * (0.62 * len(columns) + 0.5), 0.95 + 0.36 * len(rows)
     picture = Picture(width, height, f"{about}: {' and '.join(tables)}, a line for each of {', '.join(rows)}. "
