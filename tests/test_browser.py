@@ -49,7 +49,7 @@ MOVES = [
     Move("01_mla", "calculator", "tokens asked at once, T", "ArrowRight", r"absorbed: (.+)"),
     Move("02_router", "explorer", "layer with experts", "ArrowLeft", r"next: (.+)"),
     Move("03_mtp", "view", "acceptance p (%)", "ArrowLeft", r"yours, c = \S+ (\S+) times"),
-    Move("04_fp8", "explorer", "sizes of rows differ by e^n, n", "ArrowRight", r"with an error of (\S+) %"),
+    Move("04_fp8", "explorer", "sizes of rows differ by e^n, n", "ArrowRight", r"(\d+) of 126 magnitudes"),
     Move("05_kernels", "stepper", "rows of a tile", "ArrowLeft", r"(\d+) FLOP a byte"),
     Move("06_expert_parallelism", "explorer", "redundant copies (slots a GPU)", "ArrowRight",
          r"fullest (\S+) times the mean \(dashed"),
