@@ -9,8 +9,8 @@ What is modelled, as section 3.5.2 tells it:
     3.  Promotion: after every N_C = 128 products the accumulator is added to a sum in FP32 and starts again at zero.
 
 What is not known: the order of the 32, whether a bit more is kept somewhere, and which way a negative number is cut
-(two's complements would cut downwards, which makes the error of sums round zero ten times as large). Nothing is tuned:
-the report's "nearly 2 %" at K = 4096 depends on the data and on the metric, and neither is given there.
+(two's complements would cut downwards, which makes the error of sums round zero several times as large). Nothing is
+tuned: the report's "nearly 2 %" at K = 4096 depends on the data and on the metric, and neither is given there.
 """
 
 import torch

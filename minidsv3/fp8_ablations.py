@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .accumulate import accumulate
-from .formats import E4M3, E5M2, Format, tile_scale
+from .formats import E4M3, E5M2, Format, Tile, scale_of_each
 from .fp8_products import LIFT, Operand, Products, WeightOperands, exact, lowered, padded
 from .kernels.fp8_grouped_gemm import spans
 from .kernels.quantize import TILE
@@ -84,14 +84,10 @@ class Ablated(Products):
             return unpromoted(a, b)
 
 
-def quantize(x: Tensor, format: Format, shared: tuple[int | None, int | None], pow2: bool) -> Operand:
+def quantize(x: Tensor, format: Format, shared: Tile, pow2: bool) -> Operand:
     """x [.., M, K] with one scale for each `shared` rows and columns; the scales are written as those of 1 x 128 tiles,
     [.., ceil(K / 128), M]."""
-    (height, width), (rows, columns) = x.shape[-2:], (size or whole for size, whole in zip(shared, x.shape[-2:]))
-    tiles = F.pad(x.float(), (0, -width % columns, 0, -height % rows))
-    amax = tiles.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).abs().amax((-3, -1))
-    spread = tile_scale(amax, format, pow2).repeat_interleave(rows, -2).repeat_interleave(columns, -1)
-    spread = spread[..., :height, :width]
+    spread = scale_of_each(x.float(), format, shared, pow2)
     return Operand((x.float() / spread).to(DTYPES[format]).contiguous(), spread[..., ::TILE].mT.contiguous())
 
 
