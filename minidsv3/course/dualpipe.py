@@ -305,7 +305,7 @@ def dualpipes(source: random.Random) -> dict[str, tuple]:
 
 COUNTS = Exercise(
     id="7.4", title="DualPipe: who overlaps how often", stars=3, minutes=30,
-    why="blocks are what the exchange hides in, and no two ranks of one half have the same number of lone chunks",
+    why="blocks are what the exchange hides in, and what an outer rank cannot hide the inner ones wait for",
     statement="Return two counts for one rank of DualPipe: how many forwards of its own direction it runs before it "
               "alternates between both directions (step 1), and how many F&B blocks it has in all (steps 4 and 5). "
               "With h = min(r, P-1-r) and n = P/2, step 1 has 2(n-h-1) forwards, step 4 has M/2-P+h+1 turns of two "
@@ -659,7 +659,7 @@ def dualpipe_test(dualpipe):
 
 ORDERS = Mutants(
     id="7.8", title="Kill the mutants: seven DualPipes", stars=2, minutes=20,
-    why="gradients are right with six of these seven; what they cost is memory or time, which no loss curve shows",
+    why="five of these seven give the right gradients; they cost memory or time, which no loss curve shows",
     statement="Write a test for `dualpipe(ranks, micro_batches)`, which returns one list of strings a rank, as in 7.2 "
               "with blocks like `Fa3&Bb1`. It is run against the package's, which it must spare, and against seven "
               "wrong ones. `minidsv3.course.dualpipe.actions` turns the strings into what `simulate` takes.",

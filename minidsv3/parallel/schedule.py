@@ -142,7 +142,7 @@ def dualpipe(ranks: int, micro_batches: int) -> Orders:
 
     `micro_batches` is the total; each direction has half. Ranks r and P-1-r do the same with a and b exchanged.
     Raises ValueError unless both numbers are even and micro_batches >= 2 ranks. The report asks only that both be
-    divisible by 2; the released code asks for the rest too, since step 4 cannot have fewer than h + 1 rounds.
+    divisible by 2; the rest is the released code's: with few micro-batches step 4 would have a negative count outside.
     """
     _demand_positive(ranks, micro_batches)
     if ranks % 2:
