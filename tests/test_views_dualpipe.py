@@ -25,7 +25,8 @@ DRAWN = [name for name in STATES if name != "refused"]
 # ---- pieces ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("make", [one_f_one_b, zb1p, dualpipe, dualpipev])
-@pytest.mark.parametrize("options", [{}, {"communication": 0.5}, {"communication": 0.5, "overlapped": 4.5}])
+@pytest.mark.parametrize("options", [{}, {"communication": 0.5}, {"communication": 0.5, "overlapped": 4.5},
+                                     {"communication": 0.5, "overlapped": 5.25}])
 def test_pieces_fill_their_spans(make, options):
     """Without gaps, in both halves of an overlapped block, and the exchange is drawn where the simulator exposes it."""
     durations = {"forward": 1.5, "backward_input": 2.0, "backward_weight": 1.0} | options

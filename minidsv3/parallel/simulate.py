@@ -13,6 +13,7 @@ says otherwise, an exchange takes no processors away from the work, and there is
 waits longer than this.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,7 +47,8 @@ def simulate(orders: Orders, forward: float = 1, backward_input: float = 1, back
     The durations are those of one chunk's F, I and W without exchange, in any unit; B takes I + W. `overlapped` is the
     length of one F&B block with its two exchanges; None overlaps nothing: F and then B, each with its exchange.
     `stages` multiplies the work of each stage's chunks, and blocks in proportion; all are equal without it.
-    Raises ValueError if a duration is negative, `stages` leaves one out, or the orders wait for each other for ever.
+    Raises ValueError if a duration is negative or not finite, `stages` leaves one out, or the orders wait for each
+    other for ever.
     """
     last = max(part.stage for order in orders for action in order for part in action.parts)
     if stages and len(stages) <= last:
@@ -71,8 +73,8 @@ class _Costs:
     def __post_init__(self):
         for name in ("forward", "backward_input", "backward_weight", "overlapped", "communication"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} is {value}; a duration is at least 0")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; a duration is a finite number of at least 0")
         if min(self.stages, default=0) < 0:
             raise ValueError(f"stages has {min(self.stages)}; work is multiplied by at least 0")
 

@@ -35,13 +35,16 @@ def pieces(span: Span, forward: float = 1, backward_input: float = 1, backward_w
            overlapped: float | None = None, communication: float = 0) -> list[Piece]:
     """What a span is drawn as; the durations are those that `simulate` was given.
 
-    A block that overlaps has the forward above the backward, both as long as the block.
+    A block that overlaps has the forward above the backward, both as long as the block but for what it cannot hide.
     """
     if isinstance(span.action, Overlapped) and overlapped is not None:
         above, below = (f"{part.direction}{part.micro_batch}" for part in span.action.parts)
-        middle = span.start + overlapped * backward_input / (backward_input + backward_weight)
-        return [Piece("F", span.start, span.end, above, bottom=0.5), Piece("I", span.start, middle, below, top=0.5),
-                Piece("W", middle, span.end, top=0.5)]
+        too_long = overlapped - (forward + backward_input + backward_weight)
+        end = span.end - min(max(too_long, 0), 2 * communication)
+        middle = span.start + (end - span.start) * backward_input / (backward_input + backward_weight)
+        drawn = [Piece("F", span.start, end, above, bottom=0.5), Piece("I", span.start, middle, below, top=0.5),
+                 Piece("W", middle, end, top=0.5)]
+        return drawn + [Piece("X", end, span.end)] * (end < span.end)
     lengths = {"F": forward, "I": backward_input, "W": backward_weight, "X": communication}
     drawn, at = [], span.start
     for part in span.action.parts:

@@ -243,5 +243,10 @@ def test_orders_that_wait_for_ever_are_refused():
     orders = one_f_one_b(2, 2)
     with pytest.raises(ValueError, match="for ever: rank 0 at Ba0, rank 1 at Ba0"):
         simulate([orders[0], orders[1][1:]])
-    with pytest.raises(ValueError, match="backward_weight is -1; a duration is at least 0"):
-        simulate(orders, backward_weight=-1)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward_input", "backward_weight", "overlapped", "communication"])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_durations_without_meaning_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}; a duration is a finite number of at least 0"):
+        simulate(dualpipe(2, 4), **{name: value})
