@@ -158,7 +158,7 @@ def check_codes(name: str, **codes: Tensor) -> None:
 def check_scales(name: str, **scales: tuple[Tensor, list[int]]) -> None:
     """Raises ValueError unless each has its shape, in FP32."""
     for letter, (x, shape) in scales.items():
-        if x.dtype != torch.float32 or list(x.shape) != shape or x.stride(-1) != 1 and x.shape[-1] > 1:
+        if x.dtype != torch.float32 or list(x.shape) != shape or x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
             raise ValueError(f"{name} got {letter} {list(x.shape)} {x.dtype} with strides {list(x.stride())}; "
                              f"it needs {shape} in torch.float32 with contiguous rows")
 

@@ -37,7 +37,8 @@ class Permutation(NamedTuple):
 def sort_by_expert_reference(experts: Tensor, load: Tensor, align: int = 1) -> Permutation:
     """The definition. experts [N, k] int64, load [experts]: how many choices each expert got, as `Routing` holds them.
 
-    R depends on shapes alone: N k, plus align - 1 for every expert, rounded up to a multiple of align.
+    R depends on shapes alone: N k, plus align - 1 for every expert that can have a choice, rounded up to a multiple of
+    align. Without any token it is 0.
     """
     experts_flat, load = experts.flatten(), load.long()
     order = experts_flat.argsort(stable=True)
@@ -210,7 +211,7 @@ def _check_rows(name: str, x: Tensor, count: int, why: str) -> None:
 
 
 def _capacity(experts: Tensor, load: Tensor, align: int) -> int:
-    return -(-(experts.numel() + len(load) * (align - 1)) // align) * align
+    return -(-(experts.numel() + min(len(load), experts.numel()) * (align - 1)) // align) * align
 
 
 @torch.library.custom_op("minidsv3::sort_by_expert", mutates_args=())

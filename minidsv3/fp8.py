@@ -80,8 +80,7 @@ def to_fp8(model: nn.Module, recipe: FP8Recipe = FP8Recipe()) -> nn.Module:
             if isinstance(module, FP8Linear):
                 module.codes = WeightCodes(products, module.weight)
             elif isinstance(module, FP8Experts):
-                module.gate_up_codes = WeightCodes(products, module.gate_up_proj)
-                module.down_codes = WeightCodes(products, module.down_proj)
+                module.compute_with(products)
         block.self_attn.o_proj.pow2 = True      # its input waits in E5M6 and is quantised again, along tokens
     return model
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .fp8_linear import FP8Linear, WeightCodes, linears, remembered, weight_gradient
-from .fp8_products import ALIGN, Operand, cached
+from .fp8_products import ALIGN, Operand, Products, cached
 from .kernels import Permutation, Routing, permute, sort_by_expert, unpermute
 from .moe import MLP, Experts
 from .recompute import Normed
@@ -56,17 +56,27 @@ class _Down(torch.autograd.Function):
 
 
 class FP8Experts(Experts):
-    """All routed experts of a layer. `fp8.to_fp8` sets the codes of both weights."""
+    """All routed experts of a layer. `fp8.to_fp8` says with which products (`compute_with`)."""
 
     gate_up_codes: WeightCodes
     down_codes: WeightCodes
 
+    def compute_with(self, products: Products) -> None:
+        self.gate_up_codes = WeightCodes(products, self.gate_up_proj)
+        self.down_codes = WeightCodes(products, self.down_proj)
+
     def forward(self, x: Tensor | Normed, routing: Routing) -> Tensor:
         """x [N, hidden] -> sum over the chosen experts of weight * expert(x), [N, hidden] in BF16."""
+        return self.serve(x, routing.experts, routing.weights, routing.load)
+
+    def serve(self, x: Tensor | Normed, chosen: Tensor, weights: Tensor, load: Tensor) -> Tensor:
+        """The same for the experts `chosen` [N, k], of which `load` may count one more than there are: nothing
+        multiplies the rows of that last one, and they add nothing."""
+        order = sort_by_expert(chosen, load, align=ALIGN)
+        order = order._replace(ends=order.ends[:len(self.gate_up_proj)])
         value, normed = (x.value, x) if isinstance(x, Normed) else (x, None)
-        order = sort_by_expert(routing.experts, routing.load, align=ALIGN)
         gate_up = _Dispatched.apply(value, normed, self, order, self.gate_up_proj)
-        return _Combined.apply(gate_up, routing.weights, self, order, self.down_proj)
+        return _Combined.apply(gate_up, weights, self, order, self.down_proj)
 
 
 class _Dispatched(torch.autograd.Function):
