@@ -6,7 +6,7 @@ A stage is a piece of the model, a chunk is one micro-batch in one stage. Work o
     B   the whole backward, I then W        W   backward for the weights: nobody waits, so it may fill a hole
 
 and F&B is a forward and a backward of two different micro-batches computed as one block: each one's exchange between
-experts hides behind the other's work. DualPipe is an order that consists almost entirely of such blocks. To have a
+experts hides behind the other's work. DualPipe is an order that has such blocks for most of a step. To have a
 forward and a backward at hand it feeds the pipeline from both ends: rank r holds stage r for direction a (0 -> P-1)
 and a copy of stage P-1-r for direction b (P-1 -> 0). DualPipeV folds one chain of 2P stages instead: rank r holds
 stages r (descending, a) and 2P-1-r (ascending, b), and needs no copies.
