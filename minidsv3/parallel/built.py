@@ -43,8 +43,9 @@ def build(layout: Layout, gpu: int, precision: str = "fp8") -> Built:
     another process group."""
     with fake_world(layout.gpus, gpu):
         mesh = make_mesh(layout.pp, layout.dp, layout.ep, layout.nodes)
-        pipeline = Pipeline(layout.config, layout.schedule, device="meta", group=mesh.pp.get_group(),
-                            data=mesh.dp.get_group(), wrap=lambda stage: parallelise(stage, mesh))
+        pipeline = Pipeline(layout.config, layout.schedule, precision=precision, device="meta",
+                            group=mesh.pp.get_group(), data=mesh.dp.get_group(),
+                            wrap=lambda stage: parallelise(stage, mesh))
         weights = pipeline.weights()
         biases = {name: bias for stage in pipeline.stages for name, bias in stage.named_buffers()
                   if name.endswith("e_score_correction_bias")}

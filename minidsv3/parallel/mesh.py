@@ -106,7 +106,7 @@ def parallelise(model: nn.Module, mesh: Mesh, payload: str | None = None) -> nn.
 
     All ranks of dp must hold equal weights. Afterwards parameters are DTensors; build optimiser and EMA then. Gradients
     come out summed over dp: weigh each rank's loss with its share of the batch. Raises ValueError if ep does not divide
-    the experts, dp / ep not their rows, or experts compute in FP8. `payload`: see `dispatch`.
+    the experts, or dp / ep not their rows. `payload`: see `dispatch`.
     """
     if mesh.ep.size() > 1:
         spread_experts(model, hops_of(mesh), payload)

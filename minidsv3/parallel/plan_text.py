@@ -80,14 +80,11 @@ def memory_lines(plan: Plan) -> list[str]:
 def notes(plan: Plan) -> list[str]:
     """What the table's words hide."""
     same = all(kind.agrees(plan.precision) for kind in plan.ranks)
-    lines = [
+    return [
         "built: with tensors that hold nothing, on a process group in name only. Values and optimiser " + (
             "are what shapes say" if same else "ARE NOT what shapes say"),
         "activations: our modules keep that in FP8 (tests/test_recompute.py); else they recompute nothing, keep more",
         "not counted: CUDA context, NCCL, fragmentation, workspace of the layer being computed"]
-    if plan.precision == "fp8" and plan.layout.ep > 1:
-        lines.append("not there yet: experts that are spread over GPUs and compute in FP8; experts.py refuses them")
-    return lines
 
 
 def ranks_of(ranks: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ A start of processes runs many cases; what each returns are numbers, and the par
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -13,27 +14,37 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from minidsv3.fp8_ffn import FP8Experts
+from minidsv3.fp8_products import Products
 from minidsv3.kernels import Permutation, Routing, quantize_tiles, route
 from minidsv3.kernels.fp8_gemm import dequantize_tiles
 from minidsv3.moe import Experts
 from minidsv3.parallel import dispatch as dispatching
 from minidsv3.parallel import experts as parallel_experts
 from minidsv3.parallel.dispatch import Hop, Tokens, dispatch, flat_hops, two_hops
-from minidsv3.parallel.experts import ParallelExperts
+from minidsv3.parallel.experts import ParallelExperts, ParallelFP8Experts
 from minidsv3.parallel.processes import run
 from minidsv3.weight_gradients import defer_weight_gradients
+from fp8_by_hand import Exact, without_rounding
 from tiny import tiny_config
 
 EXPERTS, CHOSEN = 16, 4
 
 
-def layer(dtype: torch.dtype = torch.float64) -> Experts:
+def layer(dtype: torch.dtype = torch.float64, **sizes: int) -> Experts:
     """The same on every rank."""
     torch.manual_seed(1)
-    experts = Experts(tiny_config()).to(dtype)
+    experts = Experts(tiny_config(**sizes)).to(dtype)
     with torch.no_grad():
         for weight in experts.parameters():
             weight.normal_(0, 0.3)
+    return experts
+
+
+def in_fp8(experts: Experts, products: Products) -> FP8Experts:
+    """The same experts, as `to_fp8` changes them."""
+    experts.__class__ = FP8Experts
+    experts.compute_with(products)
     return experts
 
 
@@ -55,14 +66,16 @@ def biases(case: str, ranks: int) -> Tensor:
     return bias
 
 
-def inputs(rank: int, case: str, nodes: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Routing]:
+def inputs(rank: int, case: str, nodes: int, dtype: torch.dtype = torch.float64,
+           width: int = 32) -> tuple[Tensor, Tensor, Routing]:
     """x, the router's logits and the routing of one rank's tokens, of which each rank has another number."""
     generator = torch.Generator().manual_seed(10 + rank)
     count = 0 if case == "rank 1 has none" and rank == 1 else 9 + 4 * rank
     logits = torch.randn(count, EXPERTS, generator=generator, dtype=torch.float64).requires_grad_()
     routing = route(logits, biases(case, dist.get_world_size()), n_group=nodes, topk_group=max(nodes // 2, 1),
                     top_k=CHOSEN)
-    return torch.randn(count, 32, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(), logits, routing
+    x = torch.randn(count, width, generator=generator, dtype=torch.float64).to(dtype)
+    return x.requires_grad_(), logits, routing
 
 
 CASES = ("any", "rank 1 gets none", "rank 0 gets all", "rank 1 has none")
@@ -84,11 +97,20 @@ def outcome(experts: Callable, x: Tensor, logits: Tensor, routing: Routing, rank
     return {"out": out.detach(), "x": x.grad, "logits": logits.grad}
 
 
-def difference(case: str, nodes: int, hops: list[Hop], deferred: bool = False) -> float:
+def plain(hops: list[Hop]) -> ParallelExperts:
+    return ParallelExperts(layer(), hops)
+
+
+def unrounded(hops: list[Hop]) -> ParallelExperts:
+    """All that FP8 experts compute but the rounding."""
+    return ParallelFP8Experts(in_fp8(layer(), Exact()), hops)
+
+
+def difference(case: str, nodes: int, hops: list[Hop], kind: Callable = plain, deferred: bool = False) -> float:
     """The largest difference between the ranks together and one process that has all tokens and all experts."""
     rank, whole = dist.get_rank(), layer()
     expected = [outcome(whole.loop, *inputs(r, case, nodes), r) for r in range(dist.get_world_size())][rank]
-    part = ParallelExperts(whole, hops)
+    part = kind(hops)
     mine = parallel_experts.own_experts(EXPERTS, hops)
     store = defer_weight_gradients(part) if deferred else None
     found = outcome(part, *inputs(rank, case, nodes), rank)
@@ -106,17 +128,21 @@ def differences(nodes_of_cases: list[int]) -> dict[str, float]:
     for nodes in nodes_of_cases:
         mesh = mesh_of(nodes)
         ways = {"flat": flat_hops(dist.group.WORLD), "two hops": two_hops(mesh)}
-        for case in CASES:
-            for way, hops in ways.items():
-                found[f"{case}, {way}, {nodes} nodes"] = difference(case, nodes, hops)
-            found[f"{case}, deferred, {nodes} nodes"] = difference(case, nodes, ways["two hops"], deferred=True)
+        for case, kind in product(CASES, (plain, unrounded)):
+            with pytest.MonkeyPatch.context() as patch:
+                if kind is unrounded:
+                    without_rounding(patch)
+                name = f"{case}, {kind.__name__}, {nodes} nodes"
+                for way, hops in ways.items():
+                    found[f"{name}, {way}"] = difference(case, nodes, hops, kind)
+                found[f"{name}, deferred"] = difference(case, nodes, ways["two hops"], kind, deferred=True)
     return found
 
 
 @pytest.mark.parametrize("ranks, nodes", [(2, [1, 2]), (4, [1, 2, 4])])
 def test_ranks_together_are_one_process(ranks, nodes):
     for found in run(differences, ranks, nodes):
-        assert len(found) == len(nodes) * len(CASES) * 3
+        assert len(found) == len(nodes) * len(CASES) * 6
         assert max(found.values()) < 1e-12, found
 
 
@@ -251,3 +277,74 @@ def test_fp8_towards_experts_and_bf16_back():
     output or gradient (gate, up, the output's gradient): sqrt(3) times 2.6 % is 4.5 %; here they reach 3.9 to 5.6 %."""
     for found in run(what_fp8_does, 4):
         assert all(0.02 < error < 0.07 for error in found.values()), found
+
+
+# ---- FP8 in the experts -----------------------------------------------------------------------------------------
+
+
+SIZES = dict(hidden_size=144, moe_intermediate_size=136)       # tiles that are not full, and padding to 16
+
+
+def errors(case: str, hops: list[Hop], payload: str | None = None, deferred: bool = False) -> dict[str, float]:
+    """Norms of the difference between ranks together and one process that has all tokens, both in FP8, relative to
+    those of one process."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    whole = in_fp8(layer(torch.float32, **SIZES), Products())
+    xs, logits, routings = zip(*(inputs(r, case, 1, torch.float32, SIZES["hidden_size"]) for r in range(ranks)))
+    out = whole.serve(torch.cat(xs), torch.cat([r.experts for r in routings]), torch.cat([r.weights for r in routings]),
+                      sum(r.load for r in routings)).split([len(x) for x in xs])
+    torch.autograd.backward(out, [slope_for(part, r) for r, part in enumerate(out)])
+    expected = {"out": out[rank].detach(), "x": xs[rank].grad, "logits": logits[rank].grad}
+
+    part = ParallelFP8Experts(whole, hops, payload)
+    store = defer_weight_gradients(part) if deferred else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcome(part, *inputs(rank, case, 1, torch.float32, SIZES["hidden_size"]), rank)
+    if deferred:
+        assert part.gate_up_proj.grad is None and part.down_proj.grad is None and len(store) == 2
+        store.take()()
+    mine = parallel_experts.own_experts(EXPERTS, hops)
+    for name, weight in part.named_parameters():
+        found[name], expected[name] = weight.grad, whole.get_parameter(name).grad[mine]
+    return {name: (part - expected[name]).norm().item() / (expected[name].norm().item() or 1)
+            for name, part in found.items()}
+
+
+def errors_of_cases() -> dict[str, dict[str, float]]:
+    flat, two = flat_hops(dist.group.WORLD), two_hops(mesh_of(2))
+    return {f"{case}, {number}": errors(case, *how) for case in CASES
+            for number, how in enumerate([(flat,), (two, "fp8"), (flat, "fp8", True)])}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_together_compute_in_fp8_as_one_process(ranks):
+    """All codes are the same, with either payload: fewer than 128 tokens fill no tile along tokens, so that it does not
+    matter in which order they arrive. Gradients of weights and routing differ by sums in FP32. Sums over a token's
+    experts do more: each rank and hop rounds its part to BF16, by at most 2^-9 of it, which one process does once."""
+    for found in run(errors_of_cases, ranks):
+        assert len(found) == len(CASES) * 3
+        for name, error in found.items():
+            assert max(error["out"], error["x"]) < 2**-8, (name, error)
+            assert max(error[part] for part in ("logits", "gate_up_proj", "down_proj")) < 1e-6, (name, error)
+
+
+COMPUTE = ParallelFP8Experts.compute
+FP8_MUTANTS = {
+    "weights of other choices": ("compute", lambda part, tokens: COMPUTE(
+        part, tokens._replace(weights=tokens.weights.flip(1)))),
+    "one choice of a token alone": ("compute", lambda part, tokens: COMPUTE(
+        part, tokens._replace(experts=torch.where((tokens.experts >= 0).cumsum(1) > 1, -1, tokens.experts)))),
+    "rounded to BF16 first": ("forward", ParallelExperts.forward)}
+
+
+def errors_of_mutants() -> dict[str, float]:
+    hops, found = two_hops(mesh_of(2)), {}
+    for mutant, patch in FP8_MUTANTS.items():
+        with mock.patch.object(ParallelFP8Experts, *patch):
+            found[mutant] = errors("any", hops, "fp8")["out"]
+    return found
+
+
+def test_the_comparison_in_fp8_catches_wrong_experts():
+    for found in run(errors_of_mutants, 4):
+        assert all(error > 2**-7 for error in found.values()), found

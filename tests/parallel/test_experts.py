@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minidsv3.fp8_ffn import FP8Experts
+from minidsv3.fp8_products import Products
 from minidsv3.kernels import quantize_tiles, route, weighted_swiglu
 from minidsv3.kernels.fp8_gemm import dequantize_tiles
 from minidsv3.moe import Experts
 from minidsv3.parallel import experts as parallel_experts
 from minidsv3.parallel.dispatch import Hop, Tokens, dispatch, fan_in, fan_out
-from minidsv3.parallel.experts import ParallelExperts, own_experts
+from minidsv3.parallel.experts import ParallelExperts, ParallelFP8Experts, own_experts
 from minidsv3.weight_gradients import defer_weight_gradients
 from tiny import tiny_config
 
@@ -138,6 +139,52 @@ def test_weight_gradients_may_wait():
         torch.testing.assert_close(later.get_parameter(name).grad, weight.grad, rtol=1e-12, atol=1e-12)
 
 
+# ---- in FP8 -----------------------------------------------------------------------------------------------------
+
+
+def fp8_layer() -> FP8Experts:
+    experts = layer(torch.float32)
+    experts.__class__ = FP8Experts
+    experts.compute_with(Products())
+    return experts
+
+
+@pytest.mark.parametrize("count", [23, 0])
+def test_one_rank_with_all_experts_is_the_layer_in_fp8_too(count):
+    """To the bit, but for the order in which a token's rows are added."""
+    experts, (x, logits, routing) = fp8_layer(), inputs(count, torch.float32)
+    alone = ParallelFP8Experts(experts, hops=[])
+    found, want = (outcome(some(x, routing), x, logits, some) for some in (alone, experts))
+    for name in ("logits", "gate_up_proj", "down_proj"):
+        assert torch.equal(found[name], want[name]), name
+    for name in ("out", "x"):
+        assert (found[name] - want[name]).norm() <= 2**-8 * want[name].norm(), name
+    assert list(alone.state_dict()) == list(experts.state_dict())
+
+
+def test_codes_are_made_once_a_step():
+    alone = ParallelFP8Experts(fp8_layer(), hops=[])
+    codes = alone.gate_up_codes(alone.gate_up_proj)
+    assert alone.gate_up_codes(alone.gate_up_proj) is codes
+    with torch.no_grad():
+        alone.gate_up_proj.mul_(2)
+    assert alone.gate_up_codes(alone.gate_up_proj) is not codes
+
+
+def test_slots_that_no_token_needs_take_no_rows(monkeypatch):
+    """Of four choices at most two are here: two slots of each of nine tokens, whichever those two are."""
+    alone, seen = ParallelFP8Experts(fp8_layer(), hops=[]), []
+    tokens = draw_tokens(9, 16, 4)
+    here = torch.rand(9, 4, generator=torch.Generator().manual_seed(5)).argsort(1) < 2
+    monkeypatch.setattr(alone, "serve", lambda *arguments: seen.append(arguments))
+    alone.compute(tokens._replace(experts=tokens.experts.where(here, -1), weights=tokens.weights.where(here, 0)))
+    ((_, chosen, weights, load),) = seen
+    assert chosen.shape == weights.shape == (9, 2) and load.sum() == 18 and len(load) == 17
+    for token in range(9):
+        kept = dict(zip(tokens.experts[token][here[token]].tolist(), tokens.weights[token][here[token]].tolist()))
+        assert dict(zip(chosen[token].tolist(), weights[token].tolist())) == kept
+
+
 # ---- FP8 on the wire --------------------------------------------------------------------------------------------
 
 
@@ -181,7 +228,9 @@ def test_ranks_count_like_digits():
 def test_refusals():
     with pytest.raises(ValueError, match="16 experts cannot be shared out equally among 3 ranks"):
         ParallelExperts(layer(), [Hop(Group(0, 3), range(1))])
-    with pytest.raises(ValueError, match="the experts are FP8Experts; only Experts, which compute"):
-        ParallelExperts(FP8Experts(tiny_config()), hops=[])
+    with pytest.raises(ValueError, match="the experts are FP8Experts; ParallelExperts takes a rank's part of Experts"):
+        ParallelExperts(fp8_layer(), hops=[])
+    with pytest.raises(ValueError, match="the experts are Experts; ParallelFP8Experts takes a rank's part of FP8Exp"):
+        ParallelFP8Experts(layer(), hops=[])
     with pytest.raises(ValueError, match="payload is 'fp4'; it must be 'fp8', or None"):
         dispatch(draw_tokens(2, 4, 2), 4, [], payload="fp4")

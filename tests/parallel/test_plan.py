@@ -9,18 +9,15 @@ from typer.testing import CliRunner
 from minidsv3.cli import app
 from minidsv3.config import ModelConfig
 from minidsv3.cost import parameters
-from minidsv3.fp8_ffn import FP8Experts
 from minidsv3.parallel import built as building
 from minidsv3.parallel import memory as bytes_of
 from minidsv3.parallel import mesh as meshes
 from minidsv3.parallel.built import build
-from minidsv3.parallel.experts import ParallelExperts
 from minidsv3.parallel.layout import SCHEDULES, Layout
 from minidsv3.parallel.memory import SLOTS, memory
 from minidsv3.parallel.places import copied_weights
 from minidsv3.parallel.plan import REPORT, kinds, plan
 from minidsv3.parallel.plan_text import plan_lines
-from tiny import tiny_config
 
 SMALL = {"nano": dict(gpus=8, pp=2, ep=2, micro_batches=8, sequence=256),
          "mini": dict(gpus=64, pp=4, ep=8, micro_batches=16)}
@@ -160,13 +157,6 @@ def test_the_text_says_if_shapes_and_objects_differ(monkeypatch):
     assert "Values and optimiser are what shapes say" in "\n".join(plan_lines(plan(small())))
     monkeypatch.setattr(bytes_of, "MASTER", 2)
     assert "ARE NOT what shapes say" in "\n".join(plan_lines(plan(small())))
-
-
-def test_the_text_says_what_is_not_there_as_long_as_it_is_not():
-    """When experts in FP8 can be spread, this fails: take the line out of `plan_text.notes`."""
-    with pytest.raises(ValueError, match="FP8Experts"):
-        ParallelExperts(FP8Experts(tiny_config()), hops=[])
-    assert "experts.py refuses them" in "\n".join(plan_lines(plan(small())))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
