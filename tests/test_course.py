@@ -274,7 +274,7 @@ def test_check_passes(got, want, tol, capsys):
     (torch.tensor([1, 2, 4]), torch.tensor([1, 2, 3]), 0, r"1 of 3 .* \[2\], which is 4"),
     (671_026_419_201, 671_026_419_200, 0, "not right"), (2**60 + 1, 2**60, 0, "not right"),
     (1.2, 1.0, 0.1, "not right"),
-    ([1, 2], [1, 2, 3], 0, "found 2 values, where 3"), ([1, [2, 5]], [1, [2, 3]], 0, r"5\[1\]\[1\]"),
+    ([1, 2], [1, 2, 3], 0, "found 2 values, where 3"), ([1, [2, 5]], [1, [2, 3]], 0, r"5 at \[1\]\[1\]"),
     ({"a": 1}, {"b": 1}, 0, "keys"),
     ({"a": 1}, {"a": 2}, 0, "at 'a'"), ("x", "y", 0, "'x'"), (None, 1, 0, "NoneType"),
     ("1", 1, 0, "str"), (5, [5], 0, "a int"),

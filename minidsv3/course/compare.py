@@ -31,7 +31,7 @@ def difference(got: object, want: object, tol: float, place: str = "") -> str | 
             length = len(got) if isinstance(got, (tuple, list)) else None
             found = f"{length} values" if length is not None else f"a {type(got).__name__}"
             return f"found {found}{place}, where {len(want)} values are right"
-        return _first(difference(g, w, tol, f"{place}[{i}]") for i, (g, w) in enumerate(zip(got, want)))
+        return _first(difference(g, w, tol, f"{place or ' at '}[{i}]") for i, (g, w) in enumerate(zip(got, want)))
     if isinstance(want, (Tensor, bool, int, float)):
         return _numbers(got, want, tol, place)
     return None if got == want else f"found {got!r}{place}, which is not right"
