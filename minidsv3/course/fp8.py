@@ -82,8 +82,8 @@ DECODE = Codes(
     id="4.1", title="What is a byte worth?", stars=1, minutes=15,
     why="a checkpoint of 671 billion of these bytes is read by whoever gets the exceptions right",
     statement="Return the value of one E4M3 byte, a whole number from 0 to 255: a sign bit, 4 bits of exponent field "
-              "with bias 7, 3 bits of mantissa. (The two bytes with all other bits set, 127 and 255, are NaN; you "
-              "will not get them. Every other byte is a number.)",
+              "with bias 7, 3 bits of mantissa. (127 and 255, all bits set but for the sign, are NaN; you will not "
+              "get them. Every other byte is a number.)",
     stub="""def value_of(code):
     \"\"\"code: 0 to 255, not 127 or 255. Returns a float.\"\"\"
     raise NotImplementedError
@@ -133,6 +133,7 @@ def quantize_with_inverted_scale(x):
 
 quantize_by_largest = partial(quantize_solution, size=lambda tile: tile.amax(-1))
 quantize_without_floor = partial(quantize_solution, floor=0.0)
+quantize_with_floor_of_scale = partial(quantize_solution, floor=448e-4)
 
 
 def quantize_along_tokens(x):
@@ -193,6 +194,8 @@ QUANTIZE = Codes(
         "no floor": (quantize_without_floor,
             "A tile of zeros gets scale 0, and 0 / 0 is NaN. That is what the 1e-4 is for; the first public kernel "
             "had none."),
+        "floor of the scale": (quantize_with_floor_of_scale,
+            "Here the scale is at least 1e-4. The largest magnitude should be, before it is divided by 448."),
         "whole rows": (quantize_whole_rows, "Each token has one scale here. It needs one for each 128 channels."),
         "scales by row": (quantize_with_scales_by_row,
             "The scales are [M, K / 128] here. A product reads those of one step of K for many tokens side by side: "
@@ -229,7 +232,8 @@ PRODUCT = Exercise(
     why="the scales change along K, so they cannot wait for the end: this is why FP8 needed new kernels",
     statement="Return a b^T, `[M, N]` in FP32. `a` holds codes of activations `[M, K]` with scales `[ceil(K / 128), "
               "M]`, `b` codes of a weight `[N, K]` with scales `[ceil(N / 128), ceil(K / 128)]`. Multiply codes "
-              "(`.float()` widens them), block by block of K; do not dequantise first.",
+              "(`.float()` widens them), block by block of K. (Dequantising first gives the same numbers, and no "
+              "product in FP8.)",
     stub="""def product(a, a_scales, b, b_scales):
     \"\"\"a [M, K] and b [N, K] in torch.float8_e4m3fn. Returns [M, N].\"\"\"
     raise NotImplementedError
@@ -591,7 +595,7 @@ QUESTIONS = {
     "04.e5m2": Question(
         "Gradients have a wide range. Do they need E5M2, with its seven more octaves up and eight more down?",
         (Option("yes: range counts for gradients, and precision does not", "a scale for each small tile takes care of "
-                "range. Then E5M2 only has half of the precision: 5.3 % error for 2.6 %."),
+                "range. Then E5M2 only has half of the precision: 5.1 % error for 2.6 %."),
          Option("no, if every tile has a scale", "V3 takes E4M3 for all tensors (section 3.3.2)."),
          Option("yes, E4M3 would overflow", "a scale from the tile's own maximum cannot overflow.")), 1),
     "04.k": Question(

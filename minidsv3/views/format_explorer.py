@@ -125,14 +125,14 @@ def _sentence(state: dict, facts: dict) -> str:
 def _zones(format: Format) -> list[str]:
     first, last, top = (math.log2(x) for x in (format.smallest / 2, format.smallest_normal, format.largest))
     last = min(last, top)                       # int8 has equal steps throughout, and no such octaves
-    steps = 2 ** format.mantissa_bits if format.exponent_bits else 0
+    octaves = f"{2 ** format.mantissa_bits} steps an octave" if format.exponent_bits else "(no octaves)"
     return [rectangle(at(LOW), 60, at(first) - at(LOW), BASE - 60, Fill(WHITE, "x"), DARK),
             rectangle(at(first), 60, at(last) - at(first), BASE - 60, Fill(WHITE, "/"), DARK),
             rectangle(at(last), 60, at(top) - at(last), BASE - 60, Fill(WHITE), DARK),
             rectangle(at(top), 60, at(HIGH) - at(top), BASE - 60, Fill(WHITE, "\\"), DARK),
             rectangle(LEFT, 10, 22, 16, Fill(WHITE, "x")), text(LEFT + 30, 23, "becomes 0", 13),
             rectangle(LEFT + 140, 10, 22, 16, Fill(WHITE, "/")), text(LEFT + 170, 23, "steps of equal width", 13),
-            rectangle(LEFT + 350, 10, 22, 16, Fill(WHITE)), text(LEFT + 380, 23, f"{steps} steps an octave", 13),
+            rectangle(LEFT + 350, 10, 22, 16, Fill(WHITE)), text(LEFT + 380, 23, octaves, 13),
             rectangle(LEFT + 540, 10, 22, 16, Fill(WHITE, "\\")), text(LEFT + 570, 23, "becomes the largest", 13),
             text(LEFT, 50, "how many of the numbers lie where, after division by their scale", 14, bold=True)]
 
@@ -160,7 +160,7 @@ def _line(format: Format) -> list[str]:
         numbers = decode(torch.arange(1, format.largest_code + 1), format).log2().tolist()
         drawn += [line(at(n), BASE + 4, at(n), BASE + 32, 0.9, colour=BLACK) for n in numbers]
     for octave in range(LOW + 2, HIGH, 4):
-        drawn += [line(at(octave), BASE, at(octave), BASE + 60, 0.6, "2 3"),
+        drawn += [line(at(octave), BASE, at(octave), BASE + 38, 0.6, "2 3"),
                   text(at(octave), BASE + 74, power(2.0 ** octave), 13, "middle")]
     return drawn
 

@@ -84,11 +84,11 @@ RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u207
 # ---- three products -------------------------------------------------------------------------------------------------
 
 TILED = {                               # rows and columns of one tile, in units of the drawing
-    "1 x 128": (0.25, 1.0), "128 x 1": (1.0, 0.25), "128 x 128": (1.0, 1.0)}
+    "1 x 128": (0.25, 1.0), "128 x 1": (1.0, 0.25), "128 x 1, turned": (0.25, 1.0), "128 x 128": (1.0, 1.0)}
 PRODUCTS = (                            # name, summed over; letter, rows, columns and tiles of each of three matrices
     ("Fprop", "channels of x", ("x", 2, 3, "1 x 128"), ("W\u1d40", 3, 2, "128 x 128"), ("y", 2, 2, "BF16")),
     ("Dgrad", "channels of y", ("dy", 2, 2, "1 x 128"), ("W", 2, 3, "128 x 128"), ("dx", 2, 3, "BF16")),
-    ("Wgrad", "tokens", ("dy\u1d40", 2, 2, "1 x 128"), ("x", 2, 3, "128 x 1"), ("dW", 2, 3, "FP32")),
+    ("Wgrad", "tokens", ("dy\u1d40", 2, 2, "128 x 1, turned"), ("x", 2, 3, "128 x 1"), ("dW", 2, 3, "FP32")),
 )
 SIDES = {"x": Fill(SKY), "W": Fill(YELLOW), "dy": Fill(ORANGE), "y": Fill(WHITE), "dx": Fill(WHITE), "dW": Fill(WHITE)}
 
@@ -181,7 +181,8 @@ def by_recipe(errors: Mapping[str, Sequence[float]], xlabel: str) -> Picture:
     for i, (name, values) in enumerate(errors.items()):
         axes.axhline(i, color=GREY, linewidth=0.6, zorder=0)
         axes.scatter(values, [i] * len(values), s=46, color=BLUE, edgecolor=BLACK, linewidth=0.7)
-        axes.text(1.06 * most, i, f"{median(values):.1f}", va="center", weight="bold")
+        axes.text(1.06 * most, i, f"{median(values):.1f}", va="center", weight="bold",
+                  bbox=dict(facecolor=WHITE, edgecolor="none", pad=1))
     axes.set(yticks=range(len(errors)), yticklabels=list(errors), xlim=(0, 1.14 * most), xlabel=xlabel,
              ylim=(len(errors) - 0.5, -0.5))
     picture.tight_layout()
