@@ -204,7 +204,7 @@ def dispatch_explorer() -> View:
         experts=doubling("experts", state["experts"], 64, 512),
         top_k=slider("experts a token takes (top-k)", state["top_k"], 1, 16),
         limit=slider("nodes a token may use", state["limit"], 1, 8),
-        skew=slider("skew: i-th wanted i^-(hundredths)", state["skew"], 0, 100, 5),
+        skew=slider("skew in hundredths", state["skew"], 0, 100, 5),
         way=choice("a row is sent", state["way"], list(WAYS)),
         payload=choice("payload of a row", state["payload"], ["fp8", "bf16"]),
         placement=choice("experts are placed", state["placement"], list(PLACEMENTS)),

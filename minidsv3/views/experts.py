@@ -95,7 +95,7 @@ def number_tables(about: str, tables: Mapping[str, Sequence[Sequence[float]]], r
 
     `about` says in a few words what the numbers are; `rows` and `columns` name the lines, `across` the columns' kind.
     """
-    width, height = 1.3 + len(tables) * (0.62 * len(columns) + 0.5), 0.95 + 0.36 * len(rows)
+    width, height = 1.3 + len(tables) * (0.7 * len(columns) + 0.5), 0.95 + 0.36 * len(rows)
     picture = Picture(width, height, f"{about}: {' and '.join(tables)}, a line for each of {', '.join(rows)}. "
                       "Compare the lines with each other.", FEW)
     shades = matplotlib.colormaps["cividis"]
@@ -196,7 +196,8 @@ def mesh(pp: int, edp: int, nodes: int, gpus: int, experts: int) -> Picture:
         axes.text(left + stage * (side + gap) + side / 2, top + 4, str(stage), ha="center", fontsize=9)
     below, right = top - edp * (side + gap), left + pp * (side + gap)
     _axis(axes, (left, below - 6), (right - gap, below - 6), VERMILION)
-    axes.text(left + 4, below - 22, "pp: activations to the next stage", fontsize=9.5, va="center")
+    axes.text(left + 4, below - 22, "pp: activations to the next stage", fontsize=9.5, va="center", zorder=3,
+              bbox=dict(facecolor=WHITE, edgecolor="none", pad=1))
     _axis(axes, (right + 4, top), (right + 4, below + gap), GREEN)
     axes.text(right + 16, (top + below + gap) / 2, "edp: gradients\nof experts", fontsize=9.5, va="center")
     _enlarged(axes, (left + pp // 2 * (side + gap), top - side - gap), side, below - 40, nodes, gpus, experts // ep)
