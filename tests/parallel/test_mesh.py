@@ -2,7 +2,9 @@
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -17,6 +19,7 @@ from minidsv3 import model as model_module
 from minidsv3.balance import update_biases
 from minidsv3.cost import parameters
 from minidsv3.data import Batch
+from minidsv3.fp8 import to_fp8
 from minidsv3.optim import EMA, AdamW, Recipe, parameter_groups
 from minidsv3.parallel import mesh as meshes
 from minidsv3.parallel.experts import ParallelExperts
@@ -24,6 +27,7 @@ from minidsv3.parallel.mesh import (Mesh, clip_gradients, fake_world, in_the_who
                                     whole_state)
 from minidsv3.parallel.processes import run
 from minidsv3.train import Measured, train_step, update_weights
+from fp8_by_hand import Exact, without_rounding
 from tiny import tiny_config, tiny_model, tiny_tokens
 
 RECIPE = replace(Recipe.preset("nano"), clip_norm=0.5, sequence_balance=0.1, ema_decay=0.9)
@@ -70,9 +74,19 @@ def distance(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def difference(mesh: Mesh, steps: int = 1, moments: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """The largest difference between training on the mesh and on one process, by what differs."""
-    one, other = (tiny_model(q_lora_rank=3) for _ in range(2))       # a matrix of 3 rows leaves the fourth rank none
+def plain() -> Transformer:
+    return tiny_model(q_lora_rank=3)                                 # a matrix of 3 rows leaves the fourth rank none
+
+
+def unrounded() -> Transformer:
+    """It computes as FP8 training does, but for the rounding."""
+    return to_fp8(plain(), SimpleNamespace(products=Exact))
+
+
+def difference(mesh: Mesh, steps: int = 1, moments: torch.dtype = torch.bfloat16,
+               other: Callable[[], Transformer] = plain) -> dict[str, float]:
+    """The largest difference between training on the mesh and plainly on one process, by what differs."""
+    one, other = plain(), other()
     one, spread = Training(one, moments), Training(parallelise(other, mesh), moments)
     found = {"measured": 0.0, "load": 0.0}
     for step in range(steps):
@@ -96,7 +110,11 @@ def difference(mesh: Mesh, steps: int = 1, moments: torch.dtype = torch.bfloat16
 
 def differences(meshes_to_try: list[tuple[int, int, int]]) -> list[dict[str, float]]:
     every = [difference(make_mesh(1, *sizes), steps=3) for sizes in meshes_to_try]
-    return [*every, difference(make_mesh(1, *meshes_to_try[-1]), steps=3, moments=torch.float32)]
+    last = make_mesh(1, *meshes_to_try[-1])
+    every.append(difference(last, steps=3, moments=torch.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        without_rounding(patch)
+        return [*every, difference(last, steps=3, other=unrounded)]
 
 
 @pytest.mark.parametrize("ranks, sizes", [

@@ -9,18 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from typer.testing import CliRunner
 
-from minidsv3 import ModelConfig
+from minidsv3 import ModelConfig, fp8_ffn
 from minidsv3 import train as single
 from minidsv3.cli import app
 from minidsv3.data import read_corpus, train_tokenizer
+from minidsv3.kernels import Permutation, unpermute
 from minidsv3.optim import Recipe
 from minidsv3.parallel.processes import run
 from minidsv3.parallel.saves import latest_facts
@@ -39,8 +43,8 @@ def config(corpus: str) -> single.TrainConfig:
     return replace(small, recipe=recipe, model=small.model.replace(num_hidden_layers=4))
 
 
-def start(corpus: str, make=single.Run) -> single.Run:
-    settings, text = config(corpus), read_corpus(corpus)
+def start(corpus: str, make=single.Run, precision: str = "fp32") -> single.Run:
+    settings, text = replace(config(corpus), precision=precision), read_corpus(corpus)
     return make(settings, text, train_tokenizer(text.train, settings.model.vocab_size))
 
 
@@ -80,6 +84,42 @@ def test_steps_are_those_of_one_process(name, corpus, lines_of_one, tmp_path):
     ranks, spread = LAYOUTS[name]
     for lines in run(take_steps, ranks, corpus, spread, str(tmp_path), 3, False, timeout=100):
         assert_same_lines(lines, lines_of_one[:3], 1e-5)
+
+
+def sum_in_fp32(rows: Tensor, order: Permutation) -> Tensor:
+    """What experts return, and their gradients, added up and not rounded to BF16."""
+    return unpermute(rows.float(), order)
+
+
+def steps_in_fp8(corpus: str, *hows: tuple[Spread | None, Callable]) -> list[list[dict]]:
+    """The first steps of runs, on this rank or in this process, with other functions that sum a token's rows."""
+    found = []
+    for spread, summed in hows:
+        with mock.patch.object(fp8_ffn, "unpermute", summed):
+            mine = start(corpus, lambda *parts: ParallelRun(*parts, spread) if spread else single.Run(*parts), "fp8")
+            found.append([mine.advance() for _ in range(3)])
+    return found
+
+
+def apart(lines: list[dict], others: list[dict], *names: str) -> float:
+    """The largest relative difference."""
+    return max(abs(mine[name] / theirs[name] - 1) for mine, theirs in zip(lines, others, strict=True)
+               for name in names)
+
+
+def test_steps_in_fp8_stay_near_those_of_one_process(corpus, lines_of_one):
+    """Experts on two ranks round two sums for each token to BF16 where one process rounds one. That moves codes behind
+    them, and losses by 2e-4; FP8 itself moves them by 3e-3. If these sums are not rounded, losses are the same until
+    weights move, behind the second step: the first has a rate of 0. Weights move otherwise because an expert's tokens
+    of both ranks share tiles along tokens: the gradient's norm differs by 5e-3."""
+    one, one_unrounded = steps_in_fp8(corpus, (None, unpermute), (None, sum_in_fp32))
+    plain, wire = (Spread(pp=2, ep=2, schedule="dualpipe", payload=payload) for payload in (None, "fp8"))
+    for found, on_the_wire, unrounded in run(steps_in_fp8, 4, corpus, (plain, unpermute), (wire, unpermute),
+                                             (plain, sum_in_fp32), timeout=100):
+        assert apart(found, one, "loss", "mtp") < 5e-4 < apart(lines_of_one[:1], one[:1], "loss")
+        assert apart(found, one, "balance", "grad_norm") < 1e-2
+        assert apart(unrounded[:2], one_unrounded[:2], "loss", "mtp", "balance") < 1e-6
+        assert apart(on_the_wire, found, "loss", "mtp", "balance", "grad_norm") < 1e-6     # the same codes
 
 
 def test_a_run_goes_on_with_other_ranks_and_as_one_process(corpus, lines_of_one, tmp_path):
