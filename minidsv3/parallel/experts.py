@@ -65,8 +65,8 @@ class ParallelExperts(Experts):
 
 
 class ParallelFP8Experts(ParallelExperts, FP8Experts):
-    """The same for `FP8Experts`. What they make of a token is what one process makes of it, with either payload: they
-    quantise what arrives as an FP8 payload does, and a second time rounds nothing."""
+    """The same for `FP8Experts`. They quantise tokens, and gradients of their sums, as an FP8 payload does, and a second
+    time rounds nothing: with either payload codes are those of one process, and "fp8" sends a quarter of the bytes."""
 
     whole = FP8Experts
 

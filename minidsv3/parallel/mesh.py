@@ -104,9 +104,9 @@ def fake_world(ranks: int, rank: int) -> Iterator[None]:
 def parallelise(model: nn.Module, mesh: Mesh, payload: str | None = None) -> nn.Module:
     """Spreads the experts of a `Transformer`, or of a stage of one, over ep and shards it over dp, in place.
 
-    All ranks of dp must hold equal weights. Afterwards parameters are DTensors; build optimiser and EMA then. Gradients
-    come out summed over dp: weigh each rank's loss with its share of the batch. Raises ValueError if ep does not divide
-    the experts, or dp / ep not their rows. `payload`: see `dispatch`.
+    All ranks of dp must hold equal weights; `to_fp8` comes before. Afterwards parameters are DTensors; build optimiser
+    and EMA then. Gradients come out summed over dp: weigh each rank's loss with its share of the batch. Raises
+    ValueError if ep does not divide the experts, or dp / ep not their rows. `payload`: see `dispatch`.
     """
     if mesh.ep.size() > 1:
         spread_experts(model, hops_of(mesh), payload)
