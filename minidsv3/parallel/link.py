@@ -70,6 +70,10 @@ class Link(PipelineStage):
         finally:
             self.device = device
 
+    def _get_init_p2p_neighbors_ops(self) -> list[P2POp]:
+        """torch before 2.13 greets both neighbours before the first step; gloo has no wire from a rank to itself."""
+        return [message for message in super()._get_init_p2p_neighbors_ops() if message.group_peer != self.group_rank]
+
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[P2POp]:
         return self._send(super().get_fwd_send_ops(fwd_chunk_id))
 
