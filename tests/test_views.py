@@ -157,9 +157,9 @@ def test_dial_keeps_the_rules(state):
 
 
 def _seconds(work) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize("spoil", [

@@ -106,10 +106,10 @@ def test_stepper_keeps_the_rules(state):
     drawn = stepper.render_tile_stepper(state)
     check_rules(drawn)
     assert drawn == stepper.render_tile_stepper(dict(state))
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(5):
         stepper.render_tile_stepper(state)
-    assert (time.perf_counter() - begin) / 5 < 0.05
+    assert (time.process_time() - begin) / 5 < 0.05
 
 
 def test_states_look_different():

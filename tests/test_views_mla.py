@@ -85,10 +85,10 @@ def test_calculator_keeps_the_rules(state):
     drawn = calculator.render_cache_calculator(state)
     check_rules(drawn)
     assert drawn == calculator.render_cache_calculator(dict(state))
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(5):
         calculator.render_cache_calculator(state)
-    assert (time.perf_counter() - begin) / 5 < 0.05
+    assert (time.process_time() - begin) / 5 < 0.05
 
 
 def test_states_look_different():
