@@ -65,8 +65,8 @@ class ParallelExperts(Experts):
 
 
 class ParallelFP8Experts(ParallelExperts, FP8Experts):
-    """The same for `FP8Experts`. They quantise tokens, and gradients of their sums, as an FP8 payload does, and a second
-    time rounds nothing: with either payload codes are those of one process, and "fp8" sends a quarter of the bytes."""
+    """The same for `FP8Experts`. They quantise tokens, and gradients of their sums, as an FP8 payload does; doing it
+    twice rounds nothing more. So with either payload codes are those of one process, and "fp8" sends fewer bytes."""
 
     whole = FP8Experts
 
