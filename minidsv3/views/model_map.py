@@ -74,7 +74,7 @@ def strip(config: ModelConfig) -> dict[str, tuple[str, tuple[str, ...]]]:
                                       "nothing", "nothing")),
         "bits": ("computed\nin", ("BF16", "linears FP8, scores BF16", "experts FP8, router not FP8", "BF16")),
         "ranks": ("lives on", ("first pipeline rank", "one of 16 pipeline ranks", "64 ranks, experts shared out",
-                               "first rank, too")),
+                               "the first, too")),
     }
 
 
@@ -164,7 +164,7 @@ def _draw_arrows(axes) -> None:
 
 def _draw_tick(axes, place: tuple[int, int, int, int]) -> None:
     left, bottom, width, height = place
-    x, y = left + width - 3, bottom + height - 3
+    x, y = min(left + width + 1, WIDTH - 14), bottom + height + 3       # off the words inside
     axes.plot(x, y, "o", markersize=17, markerfacecolor=WHITE, markeredgecolor=GREEN, markeredgewidth=2, zorder=5)
     axes.plot([x - 5, x - 1, x + 6], [y, y - 4, y + 5], color=GREEN, linewidth=2.4, zorder=6)
 
