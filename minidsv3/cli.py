@@ -75,7 +75,7 @@ def train(
     among N processes: what --pp and --ep leave of them is data parallel, and --resume may lay them out anew."""
     from . import train as training
     from .kernels import use_kernels
-    from .run_state import is_sharded, saved_steps
+    from .run_state import is_sharded
     use_kernels(kernels)
     settings = dict(source=corpus, seed=seed, precision=precision, save_every=save_every, device=device)
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -83,7 +83,7 @@ def train(
     if resume and (settings or set_ or tokens is not None):
         raise typer.BadParameter(f"a run resumes with the settings it began with; give --resume and --out {out} alone")
     run, resume_run, program = training.train, training.resume, "python"
-    if "LOCAL_RANK" in os.environ or max(pp, ep, nodes) > 1 or resume and saved_steps(out) and is_sharded(out):
+    if "LOCAL_RANK" in os.environ or max(pp, ep, nodes) > 1 or resume and is_sharded(out):
         from .parallel import train as parallel
         spread = parallel.Spread(pp=pp, ep=ep, nodes=nodes, schedule=schedule, payload=payload)
         run = partial(parallel.train, spread=spread, timeout=timeout)

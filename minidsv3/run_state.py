@@ -105,8 +105,13 @@ def latest_whole(folder: str | Path) -> Path:
 
 
 def is_sharded(folder: str | Path) -> bool:
-    """Whether the last whole save in `folder` is of a run on many ranks. Raises `CheckpointError` as `load_latest`."""
-    return SHARDED in json.loads((latest_whole(folder) / TREE).read_text(encoding="utf-8"))
+    """Whether the saves in `folder` are of a run on many ranks. Damaged ones are left to those who load them."""
+    for save in _newest_first(Path(folder)):
+        try:
+            return SHARDED in json.loads((save / TREE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+    return False
 
 
 def saved_steps(folder: str | Path) -> list[int]:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..optim import EMA, MOMENTS, AdamW
 from ..run_state import SHARDED, TREE, CheckpointError, latest_whole, new_save
 
+
 def training_state(weights: Mapping[str, nn.Parameter], optimizer: AdamW, ema: EMA) -> dict[str, Tensor]:
     """What a save holds of each weight: its value, AdamW's two moments, its average. `weights` are named as in the
     whole model. Writing these tensors restores the run."""

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..shards import BIAS
 from ..data import Batch, Corpus, read_corpus, train_tokenizer
 from ..model import Transformer
 from ..run_state import saved_steps
+from ..shards import BIAS
 from ..train import Measured, Run, TrainConfig, TrainResult, drive, finish, update_weights
 from .layout import Layout
 from .mesh import in_the_whole, make_mesh, parallelise
@@ -126,9 +126,8 @@ class ParallelRun(Run):
     def tensors(self, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """The state of `weights`, and all biases, by name in the whole model."""
         state = training_state(weights, self.optimizer, self.ema)
-        biases = {f"model/{name}": bias for stage in self.pipeline.stages
-                  for name, bias in stage.named_buffers() if name.endswith(BIAS)}
-        return {name: in_the_whole(tensor, self.mesh) for name, tensor in state.items()} | biases
+        whole = {name: in_the_whole(tensor, self.mesh) for name, tensor in state.items()}
+        return whole | {name: bias for stage in self.pipeline.stages for name, bias in biases(stage).items()}
 
 
 def largest_micro_batch(config: TrainConfig, spread: Spread, ranks: int) -> int:
@@ -191,17 +190,23 @@ def alone(out: str | Path) -> Run:
     save, step, facts = latest_facts(Path(out))
     config = TrainConfig.from_dict(facts["config"])
     run = Run(config, read_corpus(config.source), Tokenizer.from_str(facts["tokenizer"]))
-    weights = dict(run.model.named_parameters())
-    biases = {f"model/{name}": bias for name, bias in run.model.named_buffers() if name.endswith(BIAS)}
-    load_sharded(save, training_state(weights, run.optimizer, run.ema) | biases)
+    load_sharded(save, training_state(dict(run.model.named_parameters()), run.optimizer, run.ema) | biases(run.model))
     _go_on_at(run, step, facts)
     return run
 
 
 def load_run(out: str | Path) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a run of many ranks, as last saved."""
-    run = alone(out)
-    return run.model, run.tokenizer
+    """Model and tokenizer of a run of many ranks, as last saved. Its text need not be there any more."""
+    save, _, facts = latest_facts(Path(out))
+    model = Transformer(TrainConfig.from_dict(facts["config"]).model)
+    weights = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    load_sharded(save, weights | biases(model))
+    return model, Tokenizer.from_str(facts["tokenizer"])
+
+
+def biases(model: nn.Module) -> dict[str, Tensor]:
+    """The routers' biases, by name in a save."""
+    return {f"model/{name}": bias for name, bias in model.named_buffers() if name.endswith(BIAS)}
 
 
 def _go_on_at(run: Run, step: int, facts: dict[str, Any]) -> None:

@@ -22,13 +22,14 @@ from typer.testing import CliRunner
 
 from minidsv3 import ModelConfig, fp8_ffn
 from minidsv3 import train as single
+from minidsv3.checkpoint import load_checkpoint
 from minidsv3.cli import app
 from minidsv3.data import read_corpus, train_tokenizer
 from minidsv3.kernels import Permutation, unpermute
 from minidsv3.optim import Recipe
 from minidsv3.parallel.processes import run
 from minidsv3.parallel.saves import latest_facts
-from minidsv3.parallel.train import ParallelRun, Spread, alone, largest_micro_batch
+from minidsv3.parallel.train import ParallelRun, Spread, alone, largest_micro_batch, load_run
 from tiny_run import run_config, write_corpus
 
 LAYOUTS = {"2 ranks, 1f1b": (2, Spread(pp=2, schedule="1f1b")),
@@ -218,6 +219,14 @@ def test_one_process_goes_on_where_many_ended(run_of_four):
     done = CliRunner().invoke(app, ["train", "--resume", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert (out / "result.json").read_text() == before
+
+
+def test_a_run_is_loaded_without_its_text(run_of_four, tmp_path, monkeypatch):
+    monkeypatch.setattr("minidsv3.parallel.train.read_corpus", None)
+    model, tokenizer = load_run(run_of_four[0])
+    whole = load_checkpoint(run_of_four[0] / "model").state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
+    assert tokenizer.get_vocab_size() <= model.config.vocab_size
 
 
 def test_a_torn_shard_is_noticed_and_the_save_before_it_used(run_of_four, tmp_path):
