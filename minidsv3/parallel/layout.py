@@ -8,19 +8,17 @@
 The report trains on 2048 GPUs with pp 16 and ep 64 over 8 nodes, so dp is 128 and edp 2; the last two are derived.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from ..config import ModelConfig
 from ..cost import Weight, layer_weights, main_weights, mtp_weights
-from .schedule import Orders, dualpipe, dualpipev, one_f_one_b, zb1p
+from .schedule import ORDERS, Orders
 from .stage import split
 
 NODE = 8                            # GPUs that NVLink joins (section 3.1)
-SCHEDULES: dict[str, Callable[[int, int], Orders]] = {
-    "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe, "dualpipev": dualpipev}
 
 
 class Piece(NamedTuple):
@@ -52,8 +50,8 @@ class Layout:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+        if self.schedule not in ORDERS:
+            raise ValueError(f"schedule is {self.schedule!r}; it must be one of {', '.join(ORDERS)}")
         if self.gpus % self.pp:
             raise ValueError(f"{self.gpus} GPUs do not divide into pp = {self.pp} pipeline ranks; "
                              "gpus must be a multiple of pp")
@@ -87,7 +85,7 @@ class Layout:
     @cached_property
     def orders(self) -> Orders:
         """What each pipeline rank does, in order."""
-        return SCHEDULES[self.schedule](self.pp, self.micro_batches)
+        return ORDERS[self.schedule](self.pp, self.micro_batches)
 
     @cached_property
     def pieces(self) -> list[Piece]:

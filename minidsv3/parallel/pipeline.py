@@ -35,10 +35,9 @@ from .link import Link
 from .mesh import clip_gradients, local
 from .places import Place, build_stages, chains, copied_weights, named_weights, places
 from .runtime import ScheduleOrders
-from .schedule import dualpipe, one_f_one_b, zb1p
+from .schedule import ORDERS
 from .stage import Objective, Stage
 
-ORDERS = {"1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe}               # from schedule.py
 OF_TORCH = {"zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -140,10 +139,10 @@ class Pipeline:
         form = chains(self.schedule, self.ranks)
         links = [Link(stage, place, form, self.micro_batch, length, self.device, self.group, store.take)
                  for stage, place, store in zip(self.stages, self.places, self.stores)]
-        if self.schedule in ORDERS:
-            orders = ORDERS[self.schedule](self.ranks, micro_batches)
-            return ScheduleOrders(links, form, micro_batches // form.count, computed, orders)
-        return OF_TORCH[self.schedule](links, micro_batches, computed, scale_grads=False)
+        if self.schedule in OF_TORCH:
+            return OF_TORCH[self.schedule](links, micro_batches, computed, scale_grads=False)
+        orders = ORDERS[self.schedule](self.ranks, micro_batches)
+        return ScheduleOrders(links, form, micro_batches // form.count, computed, orders)
 
     def _sum_copies(self) -> None:
         """Each weight that two ranks hold gets the sum of both gradients, so that both copies stay equal."""

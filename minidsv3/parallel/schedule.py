@@ -15,6 +15,7 @@ Each function returns one list of actions a rank. An order says nothing about ti
 """
 
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -173,6 +174,10 @@ def dualpipev(ranks: int, micro_batches: int) -> Orders:
                          f"it needs at least {2 * ranks}")
     return [_eight_steps(rank, ranks, micro_batches, Seat("a", rank), Seat("b", 2 * ranks - 1 - rank))
             for rank in range(ranks)]
+
+
+ORDERS: dict[str, Callable[[int, int], Orders]] = {
+    "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe, "dualpipev": dualpipev}     # by the name that options have
 
 
 def _eight_steps(h: int, n: int, micro_batches: int, own: Seat, other: Seat) -> list:

@@ -6,8 +6,9 @@ from minidsv3.config import ModelConfig
 from minidsv3.cost import parameters
 from minidsv3.parallel import layout as layouts
 from minidsv3.parallel import memory as bytes_of
-from minidsv3.parallel.layout import SCHEDULES, Layout
+from minidsv3.parallel.layout import Layout
 from minidsv3.parallel.memory import kept_by_layer, memory, peak
+from minidsv3.parallel.schedule import ORDERS
 from minidsv3.parallel.simulate import simulate
 
 FULL = ModelConfig.preset("full")
@@ -40,7 +41,7 @@ def held_by_all(got: Layout) -> int:
 
 
 @pytest.mark.parametrize("preset", ["full", "mini", "nano"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ORDERS)
 def test_all_ranks_hold_the_model_and_the_copies(preset, schedule):
     got = layout(preset, schedule=schedule)
     assert held_by_all(got) - sum(values for _, values in got.copies) == parameters(got.config).total
@@ -116,7 +117,7 @@ def test_fp8_is_what_makes_the_report_s_layout_fit():
     assert memory(layout(), 1).total < 80 * GB < memory(layout(), 1, "bf16").total
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ORDERS)
 def test_chunks_in_flight_are_the_simulator_s(schedule):
     got = layout(pp=8, gpus=1024, schedule=schedule)
     assert [memory(got, rank).in_flight for rank in range(8)] == simulate(got.orders).in_flight

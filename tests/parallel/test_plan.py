@@ -13,11 +13,12 @@ from minidsv3.parallel import built as building
 from minidsv3.parallel import memory as bytes_of
 from minidsv3.parallel import mesh as meshes
 from minidsv3.parallel.built import build
-from minidsv3.parallel.layout import SCHEDULES, Layout
+from minidsv3.parallel.layout import Layout
 from minidsv3.parallel.memory import SLOTS, memory
 from minidsv3.parallel.places import copied_weights
 from minidsv3.parallel.plan import REPORT, kinds, plan
 from minidsv3.parallel.plan_text import plan_lines
+from minidsv3.parallel.schedule import ORDERS
 
 SMALL = {"nano": dict(gpus=8, pp=2, ep=2, micro_batches=8, sequence=256),
          "mini": dict(gpus=64, pp=4, ep=8, micro_batches=16)}
@@ -48,7 +49,7 @@ def test_the_full_layout_is_what_shapes_say(gpu):
 
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 @pytest.mark.parametrize("preset", SMALL)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ORDERS)
 def test_every_schedule_is_what_shapes_say(schedule, preset, precision):
     layout = small(preset, schedule=schedule)
     for gpu in (0, layout.dp, layout.gpus - 1):
@@ -75,7 +76,7 @@ def test_all_16_ranks_add_up_to_the_published_number():
     assert REPORT.copies == [("stages that two mirrored ranks hold", 671_026_419_200 + mtp)]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ORDERS)
 def test_listed_copies_are_those_that_the_engine_sums(schedule):
     layout = small(schedule=schedule, ep=1)
     names = copied_weights(layout.config, schedule, layout.pp)
