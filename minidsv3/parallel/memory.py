@@ -150,10 +150,10 @@ def weight_bytes(weight: Weight, precision: str) -> int:
 
 
 def shard(layout: Layout, weight: Weight, data_rank: int) -> int:
-    """Values of a data rank's shard: FSDP cuts the first axis, for fused experts that of the experts, in equal pieces
-    rounded up, so that the last ranks may get less, or nothing."""
+    """Values of a data rank's shard. FSDP cuts the first axis in equal pieces rounded up, so that the last ranks may get
+    less, or nothing; experts are cut by rows, which edp divides (mesh.py)."""
     if weight.part == "routed":
-        return piece_of(weight.copies, layout.edp, data_rank // layout.ep) * weight.size
+        return weight.copies * weight.size // layout.edp
     rows = piece_of(weight.shape[0], layout.dp, data_rank)
     return weight.copies * rows * (weight.size // weight.shape[0])
 

@@ -56,6 +56,13 @@ def test_every_schedule_is_what_shapes_say(schedule, preset, precision):
         compare(layout, gpu, precision)
 
 
+def test_more_copies_of_an_expert_than_experts_on_a_gpu():
+    """edp 4 and one expert on each GPU: experts are cut by rows, so every copy holds a quarter of it."""
+    layout = small(gpus=128, pp=2, ep=16)
+    for gpu in (0, layout.dp - 1):
+        compare(layout, gpu)
+
+
 def test_dualpipev_of_the_full_model():
     """8 ranks with 16 stages: 764 actions at the edge, 1,234 on an inner rank that is not next to it."""
     layout = Layout(config=REPORT.config, gpus=2048, pp=8, ep=64, micro_batches=120, schedule="dualpipev")
