@@ -150,8 +150,8 @@ def weight_bytes(weight: Weight, precision: str) -> int:
 
 
 def shard(layout: Layout, weight: Weight, data_rank: int) -> int:
-    """Values of a data rank's shard. FSDP cuts the first axis in equal pieces rounded up, so that the last ranks may get
-    less, or nothing; experts are cut by rows, which edp divides (mesh.py)."""
+    """Values of a data rank's shard. FSDP cuts the first axis in equal pieces rounded up, so that the last ranks may
+    get less, or nothing; experts are cut by rows, which edp divides (mesh.py)."""
     if weight.part == "routed":
         return weight.copies * weight.size // layout.edp
     rows = piece_of(weight.shape[0], layout.dp, data_rank)
