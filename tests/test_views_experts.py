@@ -5,6 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from pictures import check_picture
 from test_views import _seconds, check_rules
 
 from minidsv3.parallel import placement, traffic
@@ -137,19 +138,8 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("make", PICTURES.values(), ids=PICTURES)
-def test_pictures_are_reproducible_and_say_what_they_show(make):
-    first, again = make(), make()
-    assert first.png() == again.png() and len(first.png()) < 24_000
-    assert len(re.findall(r"[.] |[.]$", first.alt)) >= 2
-
-
-@pytest.mark.parametrize("make", PICTURES.values(), ids=PICTURES)
-def test_picture_text_is_large_enough(make):
-    picture = make()
-    picture.png()
-    words = [text for axes in picture.axes for text in (*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels(),
-                                                        axes.title, axes.xaxis.label) if text.get_text()]
-    assert words and min(text.get_fontsize() for text in words) >= 8.64
+def test_pictures_keep_the_rules(make):
+    check_picture(make)
 
 
 def titles(picture) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import check_picture
 from test_views import check_rules
 
 from minidsv3 import ModelConfig, cost
@@ -138,14 +139,9 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
-def test_pictures_repeat_and_their_text_is_large_enough(draw):
-    picture, again = draw(), draw()
-    assert picture.png() == again.png()
-    assert picture.alt.count(". ") >= 1 and picture.alt.endswith(".")
-    words = [text for axes in picture.axes for text in (*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels(),
-                                                        axes.title, axes.xaxis.label) if text.get_text()]
-    assert words and min(text.get_fontsize() for text in words) >= 8.64
+@pytest.mark.parametrize("make", PICTURES.values(), ids=PICTURES)
+def test_pictures_keep_the_rules(make):
+    check_picture(make)
 
 
 def test_brackets_print_what_the_chapter_says():

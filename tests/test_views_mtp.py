@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from pictures import check_picture
 from test_views import _seconds, check_rules
 
 from minidsv3 import ModelConfig, cost
@@ -118,27 +119,9 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("picture", PICTURES.values(), ids=PICTURES)
-def test_pictures_are_reproducible_and_say_what_they_show(picture):
-    first = picture()
-    assert first.png() == picture().png()
-    assert len(re.findall(r"[.] |[.]$", first.alt)) >= 2
-
-
-@pytest.mark.parametrize("picture", PICTURES.values(), ids=PICTURES)
-def test_picture_text_is_large_enough_and_on_the_page(picture):
-    """12 pixels at 100 an inch are 8.64 points."""
-    drawn = picture()
-    drawn.png()
-    words = [text for axes in drawn.axes for text in (*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label)
-             if text.get_text()]
-    labels = [text for axes in drawn.axes if axes.axison for text in (*axes.get_xticklabels(), *axes.get_yticklabels())
-              if text.get_text()]
-    assert min(text.get_fontsize() for text in words + labels) >= 8.64
-    width, height = drawn.get_size_inches() * 100
-    for text in words:
-        extent = text.get_window_extent()
-        assert -1 <= extent.x0 and extent.x1 <= width + 1 and -1 <= extent.y0 and extent.y1 <= height + 1, text
+@pytest.mark.parametrize("make", PICTURES.values(), ids=PICTURES)
+def test_pictures_keep_the_rules(make):
+    check_picture(make)
 
 
 def test_ladder_has_one_prediction_fewer_than_inputs():
