@@ -1,5 +1,5 @@
-"""What holds for every picture of the course: drawn twice it has the same bytes, it says in two sentences what it shows,
-and all its words are on the page and large enough to read."""
+"""What holds for every picture of the course: drawn twice it has the same bytes, it says in two sentences what it
+shows, and all its words are on the page and large enough to read."""
 
 import re
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def check_words(picture: Picture, smallest: float) -> None:
                                                         axes.yaxis.label)]
     words = [text for text in (*words, *(text for legend in picture.legends for text in legend.texts))
              if text.get_text()]
-    labels = [text for axes in picture.axes if axes.axison for text in (*axes.get_xticklabels(), *axes.get_yticklabels())
-              if text.get_text()]
+    labels = [text for axes in picture.axes if axes.axison
+              for text in (*axes.get_xticklabels(), *axes.get_yticklabels()) if text.get_text()]
     assert words and min(text.get_fontsize() for text in words + labels) >= smallest
     width, height = picture.get_size_inches() * 100
     for text in words:
