@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention_gradient import packed
 from .config import ModelConfig
 from .kernels import contract, mla_attention, mla_decode, rope, uses_triton
 from .layers import Linear, RMSNorm
@@ -168,10 +169,7 @@ class MLA(nn.Module):
 
     def packed(self, query: Tensor, key_value: Tensor, rope_key: Tensor) -> Tensor:
         """Causal attention through the kernel, which takes the batch's rows one behind the other."""
-        batch, length = query.shape[:2]
-        offsets = torch.arange(0, batch * length + 1, length, device=query.device)
-        packed = (x.flatten(0, 1) for x in (query, key_value, rope_key))
-        return mla_attention(*packed, offsets, length, self.scale).unflatten(0, (batch, length))
+        return mla_attention(*packed(query, key_value, rope_key), self.scale).unflatten(0, query.shape[:2])
 
     def absorbed(self, query: Tensor, cached: Tensor, visible: Tensor | None, lengths: Tensor | None = None) -> Tensor:
         """The same numbers without any key or value a head: all heads read the cache itself.
