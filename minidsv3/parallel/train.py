@@ -9,6 +9,7 @@ whole model, one step of AdamW, one move of the biases by the load of the whole 
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -62,7 +63,8 @@ def process_group(device: str, timeout: float) -> Iterator[str]:
     try:
         yield device
     finally:
-        dist.destroy_process_group()
+        if not isinstance(sys.exception(), RuntimeError):      # from a rank that is gone one cannot part
+            dist.destroy_process_group()
 
 
 class ParallelRun(Run):
@@ -156,7 +158,7 @@ def train(config: TrainConfig, out: str | Path, spread: Spread, timeout: float =
     Raises `RankLost` if another rank dies or is silent for `timeout` seconds, besides what one process raises.
     """
     out = Path(out)
-    with process_group(config.device, timeout) as device, contact(out):
+    with contact(out), process_group(config.device, timeout) as device:
         steps = on_rank_0(lambda: saved_steps(out))
         if steps:
             raise ValueError(f"{out} already holds a run (saved at step {steps[0]}); resume it, or take another folder")
@@ -178,7 +180,7 @@ def resume(out: str | Path, spread: Spread, timeout: float = 600, progress: bool
         return finish(run, out)
     save, step, facts = latest_facts(out)
     config = TrainConfig.from_dict(facts["config"])
-    with process_group(config.device, timeout) as device, contact(out):
+    with contact(out), process_group(config.device, timeout) as device:
         run = ParallelRun(config, read_corpus(config.source), Tokenizer.from_str(facts["tokenizer"]), spread, device)
         run.load(save, step, facts)
         drive(run, out, progress)
@@ -223,14 +225,16 @@ def contact(out: Path) -> Iterator[None]:
     def terminated(number: int, frame: object) -> None:
         raise dist.DistError("torchrun ended this one too")
 
-    before = signal.signal(signal.SIGTERM, terminated)
+    after = signal.signal(signal.SIGTERM, terminated)
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
+        after = signal.SIG_IGN          # what is said must not be cut short: torchrun may be about to end this rank too
+        signal.signal(signal.SIGTERM, after)
         reason, step = str(error).splitlines()[0], max(saved_steps(out), default=0)
         raise RankLost(f"another rank died or was silent for too long ({reason}); {out} is saved at step {step}, and "
                        "torchrun .. -m minidsv3 train --resume goes on from there") from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, after)

@@ -199,6 +199,26 @@ def test_a_killed_rank_ends_the_job_which_then_goes_on(corpus, run_of_four, tmp_
     assert killed["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=1e-3)
 
 
+def test_what_is_said_of_a_lost_rank_is_not_cut_short(tmp_path):
+    """torchrun ends the ranks that are left, perhaps while one of them is about to say why."""
+    program = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        import torch.distributed as dist
+        from minidsv3.parallel.train import RankLost, contact
+        with contact(Path(".")):
+            pass
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        try:
+            with contact(Path(".")):
+                raise dist.DistError("connection closed")
+        except RankLost as lost:
+            os.kill(os.getpid(), signal.SIGTERM)
+            print(lost)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0 and "died or was silent for too long (connection closed)" in done.stdout, done.stderr
+
+
 def ranks_of(torchrun: int) -> list[int]:
     """Process numbers of the ranks that torchrun started."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun)], capture_output=True, text=True).stdout
