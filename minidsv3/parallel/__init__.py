@@ -6,5 +6,6 @@
     dispatch     tokens to the ranks of their experts and back        experts     the experts of one rank
     mesh         who shares what; FSDP2                               placement   which GPU hosts which expert
     train        a run on many ranks                                  saves       its state, for any other layout
+    processes    several ranks on one machine, for tests and notebooks
     layout, memory, built, traffic, step_time, plan, plan_text        what a layout holds, sends and takes
 """
