@@ -162,6 +162,7 @@ class Options:
     only: tuple[str, ...] = tuple(METHODS)
     sizes: dict[str, Size] = field(default_factory=SIZES.copy)
     held_out: int = 32                 # rows
+    each: int = 1                      # runs at once on a GPU
 
 
 def text_of(options: Options) -> Text:
@@ -233,7 +234,10 @@ def gradient_error(model: Transformer, precision: str, rows: Tensor) -> float | 
         right = gradient(exact, "fp32", rows)
     found = gradient(model, precision, rows)
     wrong = sum((a - b).square().sum() for a, b in zip(found, right, strict=True))
-    return finite(math.sqrt(wrong / sum(b.square().sum() for b in right)))
+    error = finite(math.sqrt(wrong / sum(b.square().sum() for b in right)))
+    del exact, right, found
+    torch.cuda.empty_cache()                # for the run, and others on the same GPU
+    return error
 
 
 def gradient(model: Transformer, precision: str, rows: Tensor) -> list[Tensor]:
@@ -257,7 +261,7 @@ def finite(value: float) -> float | None:
 def experiment(options: Options) -> dict:
     """Goes on with every run that `options.out` does not hold; writes and returns the result so far."""
     header = {"command": " ".join(["python", *sys.argv]), "machine": machine(options.device.partition(":")[0]),
-              "what": described(options), "claims": [],
+              "what": described(options), "runs_at_once_on_a_gpu": options.each, "claims": [],
               "methods": {size: {name: method.words for name, method in METHODS[size].items()} for size in METHODS}}
     options = replace(options, runs=options.runs / f"{zlib.crc32(header['what'].encode()):08x}")    # of this experiment
     found = resume(options.out, header)
@@ -265,8 +269,9 @@ def experiment(options: Options) -> dict:
     wanted = [f"{size} {method} {seed}" for size in options.only for seed in options.seeds for method in METHODS[size]
               if (size, method, seed) not in there]
     text_of(options)
-    for name, entry in spread(partial(run, options), wanted, devices(options.device)):
+    for name, entry in spread(partial(run, options), wanted, devices(options.device, options.each)):
         if isinstance(entry, dict):
+            found = resume(options.out, header)          # another call may have added runs of another size
             found["runs"].append(entry)
             found["runs"].sort(key=lambda entry: (entry["size"], entry["seed"], [*METHODS[entry["size"]]].index(
                 entry["method"])))
@@ -292,9 +297,9 @@ def described(options: Options) -> str:
             f"sources under {options.corpus or 'the interpreter'}, {options.held_out} rows held out")
 
 
-def devices(device: str) -> list[str]:
-    """Every GPU, or the CPU once."""
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
+def devices(device: str, each: int = 1) -> list[str]:
+    """Every GPU `each` times, or the CPU once."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] * each if device == "cuda" else [device]
 
 
 def read_options() -> Options:
@@ -307,6 +312,8 @@ def read_options() -> Options:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for every GPU there is")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which runs are saved to go on later")
     parser.add_argument("--only", nargs="+", choices=tuple(METHODS), default=[*METHODS], help="sizes to run")
+    parser.add_argument("--each", type=int, default=1, help="runs at once on a GPU: small kernels leave it room, and "
+                                                            "tokens a second are then no measure")
     parser.add_argument("--smoke", action="store_true", help="tiny models, a few steps")
     given = vars(parser.parse_args())
     until, sizes = time.time() + given.pop("seconds"), SMOKE if given.pop("smoke") else SIZES
