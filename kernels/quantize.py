@@ -1,6 +1,6 @@
 """Quantising to FP8 in tiles (report section 3.3.2): codes = round(x / scale) in E4M3, one FP32 scale a tile.
 
-    scale = max(max |x| over the tile, 1e-4) / 448            448 is E4M3's largest value
+    scale = max(max |x| over the tile, least) / 448           448 is E4M3's largest value; least is 1e-4
     pow2:   2^ceil(log2 scale): dividing by it is exact, and x may be quantised again along the other axis
 
     quantize_tiles     1 x 128     activations, for the forward and the input gradient
@@ -10,6 +10,7 @@
 The scale is the multiplier, x ~ codes * scale, as `weight_scale_inv` of the released checkpoints. Nothing saturates:
 |x / scale| passes 448 by one rounding at most. A tile that holds an inf or a NaN gets scale NaN and codes NaN, so that
 it cannot come back as finite nonsense. The last tile of a row or column may be narrower. No gradient passes through.
+Gradients of a mean over a batch's tokens are below 1e-4, the more tokens the smaller: for them `least` is `TINY`.
 """
 
 import torch
@@ -21,23 +22,26 @@ from .tiles import load_tile, span, store_tile
 
 TILE = 128              # values that share a scale along the axis of a product's sum (the report's N_C)
 FP8 = torch.float8_e4m3fn
+LEAST = 1e-4            # no tile's largest magnitude counts for less
+TINY = 2.0 ** -80       # the smallest `least`: scales and their inverses are normal floats, and the remainders of the
+#                         kernels' divisions, down to 2^-57 of a scale, are floats at all
 
 
-def quantize_tiles_reference(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_tiles_reference(x: Tensor, pow2: bool = False, least: float = LEAST) -> tuple[Tensor, Tensor]:
     """The definition for 1 x 128. x [M, K] -> codes [M, K], scales [ceil(K / 128), M]: a product that takes many rows
     at once reads their scales as neighbours."""
-    codes, scales = _quantize(x, 1, TILE, pow2)
+    codes, scales = _quantize(x, 1, TILE, pow2, least)
     return codes, scales.T.contiguous()
 
 
-def quantize_columns_reference(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_columns_reference(x: Tensor, pow2: bool = False, least: float = LEAST) -> tuple[Tensor, Tensor]:
     """The definition for 128 x 1. x [M, K] -> codes [K, M], scales [ceil(M / 128), K]: the 1 x 128 tiles of x^T."""
-    return quantize_tiles_reference(x.T, pow2)
+    return quantize_tiles_reference(x.T, pow2, least)
 
 
 def quantize_blocks_reference(weight: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
     """The definition for 128 x 128. weight [..., M, K] -> codes [..., M, K], scales [..., ceil(M/128), ceil(K/128)]."""
-    return _quantize(weight, TILE, TILE, pow2)
+    return _quantize(weight, TILE, TILE, pow2, LEAST)
 
 
 def dequantize_blocks_reference(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,13 +52,13 @@ def dequantize_blocks_reference(codes: Tensor, scales: Tensor, dtype: torch.dtyp
     return (codes.to(wide) * spread.to(wide)).to(dtype)
 
 
-def _quantize(x: Tensor, rows: int, columns: int, pow2: bool) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, rows: int, columns: int, pow2: bool, least: float) -> tuple[Tensor, Tensor]:
     """Tiles of `rows` x `columns` of x's last two dimensions; zeros fill the last tiles up and are cut off again."""
     height, width = x.shape[-2:]
     tiles = F.pad(x.float(), (0, -width % columns, 0, -height % rows))
     tiles = tiles.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))       # [..., tile, rows, tile, columns]
     amax = tiles.abs().amax((-3, -1))
-    scales = amax.clamp(min=1e-4) / torch.full_like(amax, 448)   # CUDA would multiply by the inverse of a number
+    scales = amax.clamp(min=least) / torch.full_like(amax, 448)   # CUDA would multiply by the inverse of a number
     if pow2:   # adding all ones below the exponent carries into it, unless the scale is a power of two already
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     scales = scales.where(amax.isfinite(), float("nan"))
@@ -72,13 +76,13 @@ def divided(x, y, inverse):
 
 
 @triton.jit
-def tile_scale(x, AXIS: tl.constexpr, POW2: tl.constexpr):
+def tile_scale(x, least, AXIS: tl.constexpr, POW2: tl.constexpr):
     """The scales of tiles that lie along AXIS. The maximum is taken of the bits: as integers they order like the
     magnitudes, and inf and NaN, the largest of all, are not lost."""
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
     finite = bits < 0x7F800000
     amax = tl.where(finite, bits.to(tl.float32, bitcast=True), 0.0)
-    scale = divided(tl.maximum(amax, 1e-4), 448.0, 1 / 448)
+    scale = divided(tl.maximum(amax, least), 448.0, 1 / 448)
     if POW2:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(finite, scale, float("nan"))
@@ -92,29 +96,30 @@ def encode(x, scale):
 
 
 @triton.jit
-def _tiles(X, Q, S, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
+def _tiles(X, Q, S, x_row, x_column, rows, width, least,
+           POW2: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
     """Each program: one tile of each of ROWS rows. Programs that run together take the same rows."""
     row_tile, tile = tl.program_id(0) // tl.cdiv(width, TILE), tl.program_id(0) % tl.cdiv(width, TILE)
     row, column = span(row_tile, ROWS), span(tile, TILE)
     x = load_tile(X, x_row, x_column, row, column, rows, width)
-    store_tiles(Q, S, x, row, column, tile, rows, width, POW2)
+    store_tiles(Q, S, x, row, column, tile, rows, width, least, POW2)
 
 
 @triton.jit
-def store_tiles(Q, S, x, row, column, tile, rows, width, POW2: tl.constexpr):
+def store_tiles(Q, S, x, row, column, tile, rows, width, least, POW2: tl.constexpr):
     """Codes and scales of x [row, column], whose columns are one tile."""
-    scale = tile_scale(x, 1, POW2)
+    scale = tile_scale(x, least, 1, POW2)
     store_tile(Q, encode(x, scale[:, None]), row, column, rows, width)
     tl.store(S + tile * rows + row, scale, mask=row < rows)
 
 
 @triton.jit
-def _columns(X, Q, S, x_row, x_column, rows, width,
+def _columns(X, Q, S, x_row, x_column, rows, width, least,
              POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr):
     """Each program: one tile of each of COLUMNS columns. Reads along rows and writes along columns."""
     tile, column = tl.program_id(0), span(tl.program_id(1), COLUMNS)
     x = load_tile(X, x_row, x_column, interleaved(tile, TILE, HELD), column, rows, width)
-    store_columns(Q, S, x, tile, column, rows, width, POW2, TILE, COLUMNS, HELD)
+    store_columns(Q, S, x, tile, column, rows, width, least, POW2, TILE, COLUMNS, HELD)
 
 
 @triton.jit
@@ -126,21 +131,21 @@ def interleaved(tile, TILE: tl.constexpr, HELD: tl.constexpr):
 
 
 @triton.jit
-def store_columns(Q, S, x, tile, column, rows, width,
+def store_columns(Q, S, x, tile, column, rows, width, least,
                   POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr):
     """Codes and scales of x [interleaved, column] into the transposed Q [width, rows] and S [tiles, width]."""
-    scale = tile_scale(x, 0, POW2)
+    scale = tile_scale(x, least, 0, POW2)
     codes = encode(x, scale[None, :]).reshape(HELD, TILE // HELD, COLUMNS).permute(2, 1, 0).reshape(COLUMNS, TILE)
     store_tile(Q, codes, column, span(tile, TILE), width, rows)
     tl.store(S + tile * width + column, scale, mask=column < width)
 
 
 @triton.jit
-def _blocks(X, Q, S, x_matrix, x_row, x_column, rows, width, POW2: tl.constexpr, TILE: tl.constexpr):
+def _blocks(X, Q, S, x_matrix, x_row, x_column, rows, width, least, POW2: tl.constexpr, TILE: tl.constexpr):
     """Each program: one block of one matrix. Programs that run together take the same rows."""
     matrix, row, column = tl.program_id(2).to(tl.int64), span(tl.program_id(1), TILE), span(tl.program_id(0), TILE)
     x = load_tile(X + matrix * x_matrix, x_row, x_column, row, column, rows, width)
-    scale = tile_scale(x.reshape(TILE * TILE), 0, POW2)
+    scale = tile_scale(x.reshape(TILE * TILE), least, 0, POW2)
     store_tile(Q + matrix * rows * width, encode(x, scale), row, column, rows, width)
     block = (matrix * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(S + block, scale)
@@ -155,23 +160,23 @@ def _dequantize(Q, S, Y, rows, width, TILE: tl.constexpr):
     store_tile(Y + matrix * rows * width, codes * tl.load(S + block), row, column, rows, width)
 
 
-def quantize_tiles(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_tiles(x: Tensor, pow2: bool = False, least: float = LEAST) -> tuple[Tensor, Tensor]:
     """1 x 128: x [M, K] in any float dtype and layout -> codes [M, K] in E4M3, scales [ceil(K / 128), M] in FP32.
 
-    Raises ValueError if x is not a matrix of floats of 16 bits or more.
+    Raises ValueError if x is not a matrix of floats of 16 bits or more, or if `least` is below `TINY`.
     """
-    _check(x, "quantize_tiles", x.dim() == 2, "[M, K]")
-    return (_quantize_tiles if uses_triton(x) else quantize_tiles_reference)(x.detach(), pow2)
+    _check(x, "quantize_tiles", x.dim() == 2, "[M, K]", least)
+    return (_quantize_tiles if uses_triton(x) else quantize_tiles_reference)(x.detach(), pow2, least)
 
 
-def quantize_columns(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_columns(x: Tensor, pow2: bool = False, least: float = LEAST) -> tuple[Tensor, Tensor]:
     """128 x 1: x [M, K] -> codes [K, M] in E4M3, scales [ceil(M / 128), K] in FP32.
 
     The codes are x's transpose, contiguous: the weight gradient sums over tokens, and Hopper's tensor cores take FP8
     only with the summed axis innermost. So this is `quantize_tiles(x.T)` in one pass. Raises ValueError as it does.
     """
-    _check(x, "quantize_columns", x.dim() == 2, "[M, K]")
-    return (_quantize_columns if uses_triton(x) else quantize_columns_reference)(x.detach(), pow2)
+    _check(x, "quantize_columns", x.dim() == 2, "[M, K]", least)
+    return (_quantize_columns if uses_triton(x) else quantize_columns_reference)(x.detach(), pow2, least)
 
 
 def quantize_blocks(weight: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
@@ -198,10 +203,12 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.
     return dequantize_blocks_reference(codes, scales, dtype)
 
 
-def _check(x: Tensor, name: str, right: bool, shape: str) -> None:
+def _check(x: Tensor, name: str, right: bool, shape: str, least: float = LEAST) -> None:
     if not right or x.dtype not in (*FLOATS[:3], torch.float64):
         raise ValueError(f"{name} got {list(x.shape)} {x.dtype}; "
                          f"it takes {shape} in float32, bfloat16, float16 or float64")
+    if not least >= TINY:
+        raise ValueError(f"{name} got least {least}; it must be at least {TINY}, or scales are not normal floats")
 
 
 ROWS = 32                      # rows of 1 x 128 tiles that one program takes
@@ -209,21 +216,21 @@ COLUMNS, COLUMN_WARPS = 64, 4   # columns of 128 x 1 tiles that one program take
 
 
 @torch.library.custom_op("minidsv3::quantize_tiles", mutates_args=())
-def _quantize_tiles(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+def _quantize_tiles(x: Tensor, pow2: bool, least: float) -> tuple[Tensor, Tensor]:
     codes, scales = empty_tiles(x)
     if x.numel():
         grid = (triton.cdiv(x.shape[0], ROWS) * len(scales),)
-        _tiles[grid](x, codes, scales, *x.stride(), *x.shape, pow2, TILE, ROWS, num_warps=4)
+        _tiles[grid](x, codes, scales, *x.stride(), *x.shape, least, pow2, TILE, ROWS, num_warps=4)
     return codes, scales
 
 
 @torch.library.custom_op("minidsv3::quantize_columns", mutates_args=())
-def _quantize_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+def _quantize_columns(x: Tensor, pow2: bool, least: float) -> tuple[Tensor, Tensor]:
     codes, scales = empty_tiles(x.T)
     if x.numel():
         grid = (len(scales), triton.cdiv(x.shape[1], COLUMNS))
-        _columns[grid](x, codes, scales, *x.stride(), *x.shape, pow2, TILE, COLUMNS, rows_held(COLUMNS, COLUMN_WARPS),
-                       num_warps=COLUMN_WARPS)
+        _columns[grid](x, codes, scales, *x.stride(), *x.shape, least, pow2, TILE, COLUMNS,
+                       rows_held(COLUMNS, COLUMN_WARPS), num_warps=COLUMN_WARPS)
     return codes, scales
 
 
@@ -237,8 +244,8 @@ def _quantize_blocks(weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     codes, scales = _empty_blocks(weight)
     if weight.numel():
         matrices = weight if weight.dim() == 3 else weight[None]
-        _blocks[_one_a_block(scales)](matrices, codes, scales, *matrices.stride(), *weight.shape[-2:], pow2, TILE,
-                                      num_warps=8)
+        _blocks[_one_a_block(scales)](matrices, codes, scales, *matrices.stride(), *weight.shape[-2:], LEAST,
+                                      pow2, TILE, num_warps=8)
     return codes, scales
 
 
@@ -269,7 +276,7 @@ def _empty_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
             torch.empty(*weight.shape[:-2], *blocks, dtype=torch.float32, device=weight.device))
 
 
-_quantize_tiles.register_fake(lambda x, pow2: empty_tiles(x))
-_quantize_columns.register_fake(lambda x, pow2: empty_tiles(x.T))
+_quantize_tiles.register_fake(lambda x, pow2, least: empty_tiles(x))
+_quantize_columns.register_fake(lambda x, pow2, least: empty_tiles(x.T))
 _quantize_blocks.register_fake(lambda weight, pow2: _empty_blocks(weight))
 _dequantize_blocks.register_fake(lambda codes, scales, dtype: codes.new_empty(codes.shape, dtype=dtype))

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import tl, triton, uses_triton
-from .quantize import (FP8, TILE, empty_tiles, interleaved, quantize_columns_reference, quantize_tiles_reference,
-                       rows_held, store_columns, store_tiles)
+from .quantize import (FP8, LEAST, TILE, empty_tiles, interleaved, quantize_columns_reference,
+                       quantize_tiles_reference, rows_held, store_columns, store_tiles)
 from .swiglu import silu_and_slopes
 from .tiles import load_tile, span, store_tile
 
@@ -43,14 +43,14 @@ def _decoded(x: Tensor, scales: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def _forward(G, U, Q, S, g_row, g_column, u_row, u_column, rows, width,
+def _forward(G, U, Q, S, g_row, g_column, u_row, u_column, rows, width, least,
              POW2: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
     """Each program: one tile of each of ROWS rows."""
     row, tile = span(tl.program_id(0), ROWS), tl.program_id(1)
     column = span(tile, TILE)
     gate = load_tile(G, g_row, g_column, row, column, rows, width)
     up = load_tile(U, u_row, u_column, row, column, rows, width)
-    store_tiles(Q, S, gate * tl.sigmoid(gate) * up, row, column, tile, rows, width, POW2)
+    store_tiles(Q, S, gate * tl.sigmoid(gate) * up, row, column, tile, rows, width, least, POW2)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _decode(X, S, x_row, x_column, row, column, tile, rows, width):
 
 
 @triton.jit
-def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width,
+def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width, least,
               POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr):
     """Each program: one tile of each of COLUMNS columns; these never span two tiles of the inputs' scales."""
     row, column = interleaved(tl.program_id(0), TILE, HELD), span(tl.program_id(1), COLUMNS)
@@ -74,7 +74,7 @@ def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, 
     silu, d_gate, d_up = silu_and_slopes(gate, up, slope)
     store_tile(DG, d_gate, row, column, rows, width)
     store_tile(DU, d_up, row, column, rows, width)
-    store_columns(Q, S, silu * up, tl.program_id(0), column, rows, width, POW2, TILE, COLUMNS, HELD)
+    store_columns(Q, S, silu * up, tl.program_id(0), column, rows, width, least, POW2, TILE, COLUMNS, HELD)
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
@@ -127,8 +127,8 @@ def _swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tens
     codes, scales = empty_tiles(gate)
     if gate.numel():
         grid = (triton.cdiv(len(gate), ROWS), len(scales))
-        _forward[grid](gate, up, codes, scales, *gate.stride(), *up.stride(), *gate.shape, pow2, TILE, ROWS,
-                       num_warps=4)
+        _forward[grid](gate, up, codes, scales, *gate.stride(), *up.stride(), *gate.shape, LEAST, pow2, TILE,
+                       ROWS, num_warps=4)
     return codes, scales
 
 
@@ -140,11 +140,9 @@ def _swiglu_quantize_backward(gate: Tensor, up: Tensor, slope: Tensor, pow2: boo
         grid = (len(scales), triton.cdiv(gate.shape[1], COLUMNS))
         gate_scales, up_scales = (x if x is None else x.contiguous() for x in (gate_scales, up_scales))
         _backward[grid](gate, up, slope, gate_scales, up_scales, d_gate, d_up, codes, scales, *gate.stride(),
-                        *up.stride(), *slope.stride(), *gate.shape, pow2, TILE, COLUMNS, rows_held(COLUMNS, WARPS),
-                        num_warps=WARPS)
+                        *up.stride(), *slope.stride(), *gate.shape, LEAST, pow2, TILE, COLUMNS,
+                        rows_held(COLUMNS, WARPS), num_warps=WARPS)
     return d_gate, d_up, codes, scales
-
-
 
 
 def _empty_backward(gate: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.precision import wide
-from .kernels.quantize import TILE
+from .kernels.quantize import LEAST, TILE
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ def _within(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return within, octave(within).clamp(min=format.smallest_normal) * 2.0 ** -format.mantissa_bits
 
 
-def tile_scale(amax: Tensor, format: Format, pow2: bool = False) -> Tensor:
+def tile_scale(amax: Tensor, format: Format, pow2: bool = False, least: float = LEAST) -> Tensor:
     """What divides a tile so that its largest magnitude `amax` becomes the format's largest number; the same rule as in
-    `kernels/quantize.py`: at least 1e-4 / largest, NaN for a tile that is not finite, `pow2` rounds it up to 2^n."""
-    scale = amax.clamp(min=1e-4) / torch.full_like(amax, format.largest)
+    `kernels/quantize.py`: at least `least` / largest, NaN for a tile that is not finite, `pow2` rounds it up to 2^n."""
+    scale = amax.clamp(min=least) / torch.full_like(amax, format.largest)
     if pow2:
         power = octave(scale)
         scale = power.where(power == scale, 2 * power)
@@ -142,7 +142,8 @@ Tile = tuple[int | None, int | None]    # rows and columns that share a scale; N
 
 
 @torch.no_grad()
-def scale_of_each(x: Tensor, format: Format, tile: Tile = (1, TILE), pow2: bool = False) -> Tensor:
+def scale_of_each(x: Tensor, format: Format, tile: Tile = (1, TILE), pow2: bool = False, least: float = LEAST
+                  ) -> Tensor:
     """The scale that each value of x [.., M, K] shares with its tile, in x's shape and at least FP32.
 
     (1, 128) is for activations, (128, 1) for what is summed over tokens, (128, 128) for weights; (None, None) is one
@@ -152,7 +153,7 @@ def scale_of_each(x: Tensor, format: Format, tile: Tile = (1, TILE), pow2: bool 
     rows, columns = tile[0] or max(height, 1), tile[1] or max(width, 1)
     tiles = F.pad(wide(x), (0, -width % columns, 0, -height % rows))
     amax = tiles.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).abs().amax((-3, -1))
-    scales = tile_scale(amax, format, pow2).repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+    scales = tile_scale(amax, format, pow2, least).repeat_interleave(rows, -2).repeat_interleave(columns, -1)
     return scales[..., :height, :width]
 
 

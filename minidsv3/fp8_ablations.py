@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .accumulate import accumulate
 from .formats import E4M3, E5M2, Format, Tile, scale_of_each
-from .fp8_products import LIFT, Operand, Products, WeightOperands, exact, lowered, padded
+from .fp8_products import Operand, Products, WeightOperands, exact, padded
 from .kernels.fp8_grouped_gemm import spans
-from .kernels.quantize import TILE
+from .kernels.quantize import LEAST, TILE, TINY
 
 DTYPES = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 # Rows and columns that share a scale, of activations and of weights; None is all of them, and columns are summed over.
@@ -37,10 +37,10 @@ class Ablated(Products):
         return quantize(padded(x).T, E4M3, self.activation, pow2 or self.pow2)
 
     def slope_tiles(self, slope: Tensor, pow2: bool = False) -> Operand:
-        return lowered(quantize(padded(slope * LIFT), self.gradient, self.slope, pow2 or self.pow2))
+        return quantize(padded(slope), self.gradient, self.slope, pow2 or self.pow2, TINY)
 
     def slope_columns(self, slope: Tensor, pow2: bool = False) -> Operand:
-        return lowered(quantize(padded(slope * LIFT).T, self.gradient, self.slope, pow2 or self.pow2))
+        return quantize(padded(slope).T, self.gradient, self.slope, pow2 or self.pow2, TINY)
 
     def weight(self, weight: Tensor) -> WeightOperands:
         """Scales [.., ceil(K / 128), N] here, as of tiles."""
@@ -84,10 +84,10 @@ class Ablated(Products):
             return unpromoted(a, b)
 
 
-def quantize(x: Tensor, format: Format, shared: Tile, pow2: bool) -> Operand:
+def quantize(x: Tensor, format: Format, shared: Tile, pow2: bool, least: float = LEAST) -> Operand:
     """x [.., M, K] with one scale for each `shared` rows and columns; the scales are written as those of 1 x 128 tiles,
     [.., ceil(K / 128), M]."""
-    spread = scale_of_each(x.float(), format, shared, pow2)
+    spread = scale_of_each(x.float(), format, shared, pow2, least)
     return Operand((x.float() / spread).to(DTYPES[format]).contiguous(), spread[..., ::TILE].mT.contiguous())
 
 

@@ -21,11 +21,10 @@ from torch import Tensor
 from .kernels import (Permutation, dequantize_blocks, fp8_gemm, fp8_grouped_gemm, fp8_grouped_wgrad, permute_tiles,
                       quantize_blocks, quantize_columns, quantize_tiles, swiglu_quantize, swiglu_quantize_backward)
 from .kernels.fp8_gemm import dequantize_tiles
+from .kernels.quantize import LEAST, TINY
 
 ALIGN = 128     # an expert's rows are a multiple of it: no 128 x 1 tile has tokens of two experts
-# Quantisers take no amax for less than 1e-4. Gradients of a mean over a batch's tokens are less, the smaller the larger
-# the batch. They are lifted by this factor first and their scales lowered after; as a power of two it rounds nothing.
-LIFT = 2.0 ** 32
+LIFT = 2.0 ** 32    # what `parallel/dispatch.py` multiplies rows with, instead of giving its quantiser a `least`
 
 
 class Operand(NamedTuple):
@@ -63,21 +62,21 @@ class Products:
 
     # ---- operands ----
 
-    def tiles(self, x: Tensor, pow2: bool = False) -> Operand:
+    def tiles(self, x: Tensor, pow2: bool = False, least: float = LEAST) -> Operand:
         """x [M, K] for a sum over K."""
-        return Operand(*quantize_tiles(padded(x), pow2 or self.pow2))
+        return Operand(*quantize_tiles(padded(x), pow2 or self.pow2, least))
 
-    def columns(self, x: Tensor, pow2: bool = False) -> Operand:
+    def columns(self, x: Tensor, pow2: bool = False, least: float = LEAST) -> Operand:
         """x [M, K] for a sum over M: the tiles of x^T."""
-        return Operand(*quantize_columns(padded(x), pow2 or self.pow2))
+        return Operand(*quantize_columns(padded(x), pow2 or self.pow2, least))
 
     def slope_tiles(self, slope: Tensor, pow2: bool = False) -> Operand:
-        """`tiles` of a gradient."""
-        return lowered(self.tiles(slope * LIFT, pow2))
+        """`tiles` of a gradient, however small it is: of a mean, the smaller the more tokens."""
+        return self.tiles(slope, pow2, TINY)
 
     def slope_columns(self, slope: Tensor, pow2: bool = False) -> Operand:
         """`columns` of a gradient."""
-        return lowered(self.columns(slope * LIFT, pow2))
+        return self.columns(slope, pow2, TINY)
 
     def weight(self, weight: Tensor) -> WeightOperands:
         """weight [.., N, K] quantised once for both, since a block is square."""
@@ -130,11 +129,6 @@ class Products:
         d_gate, d_up, *columns = swiglu_quantize_backward(gate.codes, up.codes, slope, self.pow2, gate.scales,
                                                           up.scales)
         return d_gate, d_up, Operand(*columns)
-
-
-def lowered(operand: Operand) -> Operand:
-    """The operand of what was lifted, for what it was."""
-    return Operand(operand.codes, operand.scales / LIFT)
 
 
 def cached(x: Tensor) -> Operand:

@@ -41,11 +41,11 @@ def product_bound(a: Tensor, a_doubt: Tensor, b: Tensor, b_doubt: Tensor) -> Ten
 class Exact(Products):
     """Operands that are not quantised and products in their own dtype: with them every layer must be the plain one."""
 
-    def tiles(self, x: Tensor, pow2: bool = False) -> Operand:
+    def tiles(self, x: Tensor, pow2: bool = False, least: float = 0.0) -> Operand:
         x = padded(x)
         return Operand(x, x.new_ones(-(-x.shape[-1] // 128), len(x)))
 
-    def columns(self, x: Tensor, pow2: bool = False) -> Operand:
+    def columns(self, x: Tensor, pow2: bool = False, least: float = 0.0) -> Operand:
         return self.tiles(padded(x).T.contiguous())
 
     def weight(self, weight: Tensor) -> WeightOperands:

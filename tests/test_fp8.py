@@ -13,6 +13,7 @@ from minidsv3.fp8 import FP8Linear, FP8Recipe, to_fp8
 from minidsv3.fp8_linear import WeightCodes
 from minidsv3.fp8_products import Operand, Products, WeightOperands
 from minidsv3.kernels import Routing, quantize_blocks, use_kernels
+from minidsv3.kernels.quantize import LEAST
 from minidsv3.layers import Linear, RMSNorm
 from minidsv3.moe import Experts
 from minidsv3.optim import AdamW, Recipe, parameter_groups
@@ -93,7 +94,7 @@ def test_the_kernels_products_are_those_too(tokens, inputs, outputs):
         assert is_by_hand(tokens, inputs, outputs)
 
 
-def turned(self, x: Tensor, pow2: bool = False) -> Operand:
+def turned(self, x: Tensor, *options) -> Operand:
     """The mistake that square sizes hide: codes of 1 x 128 tiles, turned, with their scales."""
     codes, scales = self.tiles(x)
     return Operand(codes.T.contiguous(), scales)
@@ -102,7 +103,7 @@ def turned(self, x: Tensor, pow2: bool = False) -> Operand:
 @pytest.mark.parametrize("name, fault", [
     ("columns", turned), ("slope_columns", turned),
     ("slope_tiles", lambda self, x, pow2=False: Operand((tiles := self.tiles(x)).codes, tiles.scales.flip(0))),
-    ("tiles", lambda self, x, pow2=False: Operand(*(part.contiguous() for part in self.columns(x.T)))
+    ("tiles", lambda self, x, *options: Operand(*(part.contiguous() for part in self.columns(x.T)))
         ._replace(scales=self.columns(x).scales)),                                             # the other axis's scales
     ("weight", lambda self, w: WeightOperands(Operand(*(q := quantize_blocks(w))),
                                               Operand(q[0].T.contiguous(), q[1])))])           # scales not turned
@@ -173,8 +174,8 @@ def test_gradients_far_below_the_quantisers_floor_lose_nothing():
         assert whole.any() and torch.equal(small * 2.0**30, whole)
 
 
-def test_without_a_lift_they_would(monkeypatch):
-    monkeypatch.setattr(fp8_products, "LIFT", 1.0)
+def test_with_the_floor_of_activations_they_would(monkeypatch):
+    monkeypatch.setattr(fp8_products, "TINY", LEAST)
     with pytest.raises(AssertionError):
         test_gradients_far_below_the_quantisers_floor_lose_nothing()
 

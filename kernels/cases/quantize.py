@@ -3,8 +3,9 @@
 import torch
 
 from ..operation import Operation, compiled
-from ..quantize import (dequantize_blocks, dequantize_blocks_reference, quantize_blocks, quantize_blocks_reference,
-                        quantize_columns, quantize_columns_reference, quantize_tiles, quantize_tiles_reference)
+from ..quantize import (TINY, dequantize_blocks, dequantize_blocks_reference, quantize_blocks,
+                        quantize_blocks_reference, quantize_columns, quantize_columns_reference, quantize_tiles,
+                        quantize_tiles_reference)
 
 DTYPES = (torch.float32, torch.bfloat16)
 EXACT = dict.fromkeys(DTYPES, 0.0)
@@ -29,6 +30,12 @@ def _odd_tiles(dtype: torch.dtype) -> tuple:
     return (x,)
 
 
+def _gradient(dtype: torch.dtype) -> tuple:
+    """Rows from 1 down to far below the smallest `least`."""
+    fall = torch.exp2(torch.linspace(0, -100, 70))[:, None]
+    return (torch.randn(70, 200) * fall.to(torch.get_default_device())).to(dtype), False, TINY
+
+
 def _ties(dtype: torch.dtype) -> tuple:
     """With amax 448 the scale is 1: every code, every middle between two codes, and its neighbours on both sides."""
     codes = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -39,7 +46,7 @@ def _ties(dtype: torch.dtype) -> tuple:
 
 
 MATRICES = {"7 x 200": _normal(7, 200), "one column": _normal(129, 1), "view": _view, "odd tiles": _odd_tiles,
-            "ties": _ties, "no rows": _normal(0, 40)}
+            "ties": _ties, "no rows": _normal(0, 40), "gradient": _gradient}
 WEIGHTS = {"7 x 200": _normal(7, 200), "latent": _normal(576, 130), "experts": _normal(3, 70, 200), "view": _view,
            "odd tiles": _odd_tiles, "no rows": _normal(0, 40)}
 

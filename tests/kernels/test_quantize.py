@@ -7,6 +7,8 @@ from compare import assert_alike
 from minidsv3.kernels import (dequantize_blocks, quantize_blocks, quantize_blocks_reference, quantize_columns,
                               quantize_columns_reference, quantize_tiles, quantize_tiles_reference, use_kernels)
 from minidsv3.kernels.backend import INTERPRETED
+from minidsv3.kernels.fp8_gemm import dequantize_tiles
+from minidsv3.kernels.quantize import LEAST, TINY
 from mutated import mutated
 
 CHOICES = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"))]
@@ -83,6 +85,22 @@ def test_a_tile_of_zeros_keeps_the_least_scale(kernels):
     assert float(quantize_tiles(torch.full((1, 128), 9e-5))[1]) == float(torch.tensor(1e-4) / 448)
 
 
+@pytest.mark.parametrize("pow2", [False, True])
+def test_gradients_keep_three_bits_of_mantissa_however_small(kernels, pow2, least=TINY):
+    """Those that are no more than 2^13 below the largest of their tile: half a step is 2^-4 of the value."""
+    for size in (1e-12, 2.0 ** -78):
+        x = size * torch.rand(130, 40).add(2.0 ** -12)
+        for back in (dequantize_tiles(*quantize_tiles(x, pow2, least)),
+                     dequantize_tiles(*quantize_columns(x, pow2, least)).T):
+            assert ((back - x).abs() <= x / 16 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+def test_with_the_floor_of_activations_they_do_not(kernels, pow2):
+    with pytest.raises(AssertionError):
+        test_gradients_keep_three_bits_of_mantissa_however_small(kernels, pow2, LEAST)
+
+
 @pytest.mark.parametrize("exponent", [-13, 0, 30])
 def test_powers_of_two_are_rounded_up_exactly(kernels, exponent):
     """amax / 448 = 2^e stays; the float above it needs 2^(e + 1), the float below it still 2^e."""
@@ -149,7 +167,7 @@ def test_codes_next_to_the_middles_are_those_of_an_exact_division(pow2):
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 @pytest.mark.parametrize("right, wrong", [
     ("divided(x, scale, inverse)", "(x * inverse)"),                        # a product with the inverse, as some do
-    ("1e-4), 448.0", "1e-5), 448.0"), ("bitcast=True) + 0x7FFFFF", "bitcast=True)"),
+    ("amax, least), 448.0", "amax, 1e-5), 448.0"), ("bitcast=True) + 0x7FFFFF", "bitcast=True)"),
     ("448.0, 1 / 448", "240.0, 1 / 240"), ("tl.where(finite, scale", "tl.where(True, scale"),
     ("x.to(tl.int32, bitcast=True) & 0x7FFFFFFF", "x.to(tl.int32, bitcast=True)"),
 ])
@@ -169,6 +187,8 @@ def test_these_tests_see_a_wrong_kernel(right, wrong, tmp_path):
     (lambda: quantize_blocks(torch.ones(4)), r"it takes \[M, K\] or \[experts, M, K\] in float32"),
     (lambda: quantize_tiles(torch.ones(2, 4).to(torch.float8_e4m3fn)), "got .* torch.float8_e4m3fn"),
     (lambda: quantize_tiles(torch.ones(2, 4, dtype=torch.int32)), "got .* torch.int32"),
+    (lambda: quantize_tiles(torch.ones(2, 4), False, 0.0), "quantize_tiles got least 0.0; it must be at least 8.27"),
+    (lambda: quantize_columns(torch.ones(2, 4), least=float("nan")), "quantize_columns got least nan"),
     (lambda: dequantize_blocks(torch.ones(2, 4), torch.ones(1, 1)), "codes .* torch.float32; they must be"),
     (lambda: dequantize_blocks(torch.ones(130, 4).to(torch.float8_e4m3fn), torch.ones(1, 1)), r"need \[2, 1\]"),
     (lambda: dequantize_blocks(torch.ones(2, 4).to(torch.float8_e4m3fn), torch.ones(1, 1).half()), "torch.float16"),
