@@ -65,24 +65,35 @@ class FP8Recipe:
 def to_fp8(model: nn.Module, recipe: FP8Recipe = FP8Recipe()) -> nn.Module:
     """Makes every layer of `model`, a `Transformer` or a part of one, compute in FP8, in place; returns it.
 
-    Run it in BF16 autocast, as `TrainConfig(precision="fp8")` does. Raises ValueError if there is no layer in it.
+    Run it in BF16 autocast, as `TrainConfig(precision="fp8")` does. Raises ValueError if there is no layer in it, or
+    one with parts of other classes, as `parallel` leaves: then the model is as it was.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no Block, so there is nothing to compute in FP8")
     products = recipe.products()
+    parts = [part for block in blocks for part in (*block.self_attn.modules(), *block.mlp.modules())]
+    check_classes(parts)
+    for part in parts:
+        if type(part) in TWINS:
+            part.__class__ = TWINS[type(part)]
+        if isinstance(part, FP8Linear):
+            part.codes = WeightCodes(products, part.weight)
+        elif isinstance(part, FP8Experts):
+            part.compute_with(products)
     for block in blocks:
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             norm.__class__ = RecomputedNorm
-        for module in (*block.self_attn.modules(), *block.mlp.modules()):
-            if type(module) in TWINS:
-                module.__class__ = TWINS[type(module)]
-            if isinstance(module, FP8Linear):
-                module.codes = WeightCodes(products, module.weight)
-            elif isinstance(module, FP8Experts):
-                module.compute_with(products)
         block.self_attn.o_proj.pow2 = True      # its input waits in E5M6 and is quantised again, along tokens
     return model
+
+
+def check_classes(parts: list[nn.Module]) -> None:
+    """Refuses what would stay in BF16 unnoticed: a class derived from one that has a twin, and not from the twin."""
+    for part in parts:
+        if isinstance(part, tuple(TWINS)) and type(part) not in TWINS and not isinstance(part, tuple(TWINS.values())):
+            raise ValueError(f"the model holds {type(part).__name__}, which to_fp8 cannot change; call to_fp8 first, "
+                             "and then what spreads or shards the model")
 
 
 # The same parameters, another forward: an object changes its class, so that names and references to it stay.

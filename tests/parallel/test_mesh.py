@@ -19,7 +19,7 @@ from minidsv3 import model as model_module
 from minidsv3.balance import update_biases
 from minidsv3.cost import parameters
 from minidsv3.data import Batch
-from minidsv3.fp8 import to_fp8
+from minidsv3.fp8 import FP8Linear, to_fp8
 from minidsv3.optim import EMA, AdamW, Recipe, parameter_groups
 from minidsv3.parallel import mesh as meshes
 from minidsv3.parallel.experts import ParallelExperts
@@ -245,6 +245,16 @@ def test_models_that_do_not_fit_are_refused():
             parallelise(Transformer(tiny_config()), make_mesh(1, 6, 3))
         with pytest.raises(ValueError, match="gate_up_proj has 32 rows an expert, and edp = dp / ep is 3"):
             parallelise(Transformer(tiny_config()), make_mesh(1, 6, 2))
+
+
+@pytest.mark.parametrize("ep, found", [(1, "FSDPExperts"), (2, "FSDPParallelExperts")])
+def test_fp8_after_the_mesh_is_refused(ep, found):
+    """Experts that are sharded or spread have another class: they would stay in BF16 unnoticed."""
+    with fake_world(2, 0):
+        model = parallelise(plain(), make_mesh(1, 2, ep))
+        with pytest.raises(ValueError, match=f"the model holds {found}, which to_fp8 cannot change; call to_fp8 first"):
+            to_fp8(model)
+    assert not any(isinstance(part, FP8Linear) for part in model.modules())
 
 
 def test_fake_worlds_are_alone():
