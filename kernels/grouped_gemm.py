@@ -23,6 +23,11 @@ def grouped_gemm_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([*pieces, pieces[0].new_zeros(behind, weight.shape[1])]).to(x.dtype)
 
 
+def grouped_gemm_wgrad_reference(slope: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """The definition of dW, likewise: dy = `slope` [M, N] and x [M, K] -> [experts, N, K]."""
+    return torch.stack([wide(slope[start:end]).T @ wide(x[start:end]) for start, end in spans(ends)]).to(x.dtype)
+
+
 @triton.jit
 def _multiply(X, W, OUT, ENDS, N, K, EXPERTS: tl.constexpr, BINS: tl.constexpr, ALONG_ROWS: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr):

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels.grouped_gemm import grouped_gemm_reference, grouped_gemm_wgrad_reference
+
 Gradient = Callable[[Tensor | None], Tensor]   # dW, added to what it is given (None: nothing yet)
 
 
@@ -107,14 +109,11 @@ class DeferredGrouped(torch.autograd.Function):
 
 
 def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """`F.grouped_mm`, and one product after the other where torch has none (float64): a [R, in] with b [experts, in,
-    out], or a [out, R] with b [R, in] for [experts, out, in]."""
+    """`F.grouped_mm`, and its definition where torch has none (float64): a [R, in] with b [experts, in, out], or
+    a [out, R] with b [R, in] for [experts, out, in]."""
     if has_grouped_mm(a):
         return F.grouped_mm(a, b, offs=ends)
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    if b.dim() == 3:
-        return torch.cat([piece @ matrix for piece, matrix in zip(a.split(sizes), b)])
-    return torch.stack([left @ right for left, right in zip(a.split(sizes, 1), b.split(sizes))])
+    return grouped_gemm_reference(a, b.mT, ends) if b.dim() == 3 else grouped_gemm_wgrad_reference(a.mT, b, ends)
 
 
 def has_grouped_mm(x: Tensor) -> bool:
