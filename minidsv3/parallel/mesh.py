@@ -16,7 +16,8 @@ A rank's number counts like a clock, gpu fastest: the ranks that exchange most a
     (losses.total * share).backward()                         # their share of the whole batch
     clip_gradients(model.parameters(), 1.0, [mesh.dp.get_group()])
     optimizer.step()                                          # AdamW and EMA, built after `parallelise`, see shards
-    update_biases(model, whole_load(losses.load, mesh), gamma)
+    dist.all_reduce(losses.load, group=mesh.dp.get_group())   # tokens of the whole batch: what biases move by
+    update_biases(model, losses.load, gamma)
 
 Sharding is FSDP2 (`fully_shard`): experts are sharded over edp, all else over dp. With `reshard_after_forward=False` a
 step's micro-batches keep the gathered parameters, and only masters, reduced gradients and the optimiser's state are
@@ -185,13 +186,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_load(load: Tensor, mesh: Mesh) -> Tensor:
-    """The load [MoE layers, experts] of the whole batch, from that of each rank's tokens: what biases move by."""
-    load = load.clone()
-    dist.all_reduce(load, group=mesh.dp.get_group())
-    return load
-
-
 # ---- state ------------------------------------------------------------------------------------------------------
 
 def in_the_whole(tensor: Tensor, mesh: Mesh) -> Tensor:
@@ -204,11 +198,3 @@ def in_the_whole(tensor: Tensor, mesh: Mesh) -> Tensor:
         return tensor
     axes = mesh.whole["edp", "node", "gpu"]
     return DTensor.from_local(tensor.to_local(), axes, [Shard(1), Shard(0), Shard(0)], run_check=False)
-
-
-@torch.no_grad()
-def whole_state(model: nn.Module, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-    """`state_dict()` as one process would have it, tensor by tensor, on every rank of dp; all of them must ask."""
-    for name, tensor in model.state_dict().items():
-        part = in_the_whole(tensor, mesh)
-        yield name, part.full_tensor() if isinstance(part, DTensor) else part

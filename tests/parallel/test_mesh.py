@@ -23,8 +23,7 @@ from minidsv3.fp8 import FP8Linear, to_fp8
 from minidsv3.optim import EMA, AdamW, Recipe, parameter_groups
 from minidsv3.parallel import mesh as meshes
 from minidsv3.parallel.experts import ParallelExperts
-from minidsv3.parallel.mesh import (Mesh, clip_gradients, fake_world, in_the_whole, make_mesh, parallelise, whole_load,
-                                    whole_state)
+from minidsv3.parallel.mesh import Mesh, clip_gradients, fake_world, in_the_whole, make_mesh, parallelise
 from minidsv3.parallel.processes import run
 from minidsv3.train import Measured, train_step, update_weights
 from fp8_by_hand import Exact, without_rounding
@@ -70,6 +69,19 @@ def mesh_step(training: Training, batch: Batch, mesh: Mesh) -> Measured:
     return Measured(*sums[1:].tolist(), norm.item(), load)
 
 
+def whole_load(load: Tensor, mesh: Mesh) -> Tensor:
+    """Tokens of each expert in the whole batch, from this rank's."""
+    dist.all_reduce(load, group=mesh.dp.get_group())
+    return load
+
+
+@torch.no_grad()
+def whole_state(model: Transformer, mesh: Mesh) -> dict[str, Tensor]:
+    """`state_dict()` as one process would have it."""
+    parts = {name: in_the_whole(tensor, mesh) for name, tensor in model.state_dict().items()}
+    return {name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in parts.items()}
+
+
 def distance(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
@@ -98,7 +110,7 @@ def difference(mesh: Mesh, steps: int = 1, moments: torch.dtype = torch.bfloat16
         found["measured"] = max(found["measured"], distance(*map(torch.tensor, (measured[:4], expected[:4]))))
         found["load"] = max(found["load"], distance(measured.load, expected.load))
     state, averages = one.model.state_dict(), one.ema.state_dict()
-    whole = dict(whole_state(spread.model, mesh))
+    whole = whole_state(spread.model, mesh)
     assert list(whole) == list(state)
     found["biases"] = max(distance(whole[name], state[name]) for name in state if "bias" in name)
     found["experts"] = max(distance(whole[name], state[name]) for name in state if ".experts." in name)
@@ -180,7 +192,7 @@ def shares_and_state() -> dict[str, float]:
     """A rank's share of parameters and of AdamW's moments, and whether the state comes out as it went in."""
     mesh, one = make_mesh(1, 4, 2, nodes=2), tiny_model()
     training = Training(parallelise(tiny_model(), mesh), torch.bfloat16)
-    state = dict(whole_state(training.model, mesh))
+    state = whole_state(training.model, mesh)
     equal = all(torch.equal(state[name], value) for name, value in one.state_dict().items())
     mesh_step(training, batch_of(0), mesh)
     weights = list(training.model.parameters())
