@@ -16,6 +16,7 @@ from ..optim import MOMENTS, AdamW
 from .layout import Layout
 from .mesh import fake_world, make_mesh, parallelise
 from .pipeline import Pipeline, local
+from .places import named_biases
 
 KINDS = {4: torch.bfloat16, 8: torch.float32}       # of moments, by the bytes of both
 
@@ -47,13 +48,11 @@ def build(layout: Layout, gpu: int, precision: str = "fp8") -> Built:
                             group=mesh.pp.get_group(), data=mesh.dp.get_group(),
                             wrap=lambda stage: parallelise(stage, mesh))
         weights = pipeline.weights()
-        biases = {name: bias for stage in pipeline.stages for name, bias in stage.named_buffers()
-                  if name.endswith("e_score_correction_bias")}
         schedule = pipeline.schedule_of(layout.micro_batches, layout.sequence)
         order = schedule.pipeline_order_with_comms[pipeline.rank]
         return Built(
             gpu=gpu, pipeline_rank=pipeline.rank,
-            tensors={name: tensor.numel() for name, tensor in (weights | biases).items()},
+            tensors={name: tensor.numel() for name, tensor in (weights | named_biases(pipeline.stages)).items()},
             experts=sum(tensor.numel() for name, tensor in weights.items() if ".mlp.experts." in name),
             gathered=sum(map(size, weights.values())),
             masters=sum(size(local(tensor)) for tensor in weights.values()),

@@ -5,12 +5,14 @@
     dualpipe           two chains         rank r: stage r of direction a and stage P-1-r of direction b
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..shards import BIAS
 from .stage import Stage, split
 
 SCHEDULES = ("1f1b", "zb1p", "zbv", "dualpipev", "dualpipe")
@@ -63,6 +65,11 @@ def build_stages(config: ModelConfig, schedule: str, ranks: int, rank: int, prec
 def named_weights(stages: list[Stage]) -> dict[str, nn.Parameter]:
     """Parameters by name, each once."""
     return {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
+
+
+def named_biases(stages: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """The routers' biases by name, of stages or of whole models."""
+    return {name: bias for stage in stages for name, bias in stage.named_buffers() if name.endswith(BIAS)}
 
 
 def copied_weights(config: ModelConfig, schedule: str, ranks: int) -> dict[str, tuple[int, int]]:

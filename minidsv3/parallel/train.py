@@ -10,7 +10,7 @@ whole model, one step of AdamW, one move of the biases by the load of the whole 
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from ..data import Batch, Corpus, read_corpus, train_tokenizer
 from ..model import Transformer
 from ..run_state import saved_steps
-from ..shards import BIAS
 from ..train import Measured, Run, TrainConfig, TrainResult, drive, finish, update_weights
 from .layout import Layout
 from .mesh import in_the_whole, make_mesh, parallelise
 from .pipeline import Pipeline
+from .places import named_biases
 from .saves import latest_facts, load_sharded, on_rank_0, save_sharded, training_state
 
 
@@ -129,7 +129,7 @@ class ParallelRun(Run):
         """The state of `weights`, and all biases, by name in the whole model."""
         state = training_state(weights, self.optimizer, self.ema)
         whole = {name: in_the_whole(tensor, self.mesh) for name, tensor in state.items()}
-        return whole | {name: bias for stage in self.pipeline.stages for name, bias in biases(stage).items()}
+        return whole | biases(self.pipeline.stages)
 
 
 def largest_micro_batch(config: TrainConfig, spread: Spread, ranks: int) -> int:
@@ -192,7 +192,7 @@ def alone(out: str | Path) -> Run:
     save, step, facts = latest_facts(Path(out))
     config = TrainConfig.from_dict(facts["config"])
     run = Run(config, read_corpus(config.source), Tokenizer.from_str(facts["tokenizer"]))
-    load_sharded(save, training_state(dict(run.model.named_parameters()), run.optimizer, run.ema) | biases(run.model))
+    load_sharded(save, training_state(dict(run.model.named_parameters()), run.optimizer, run.ema) | biases([run.model]))
     _go_on_at(run, step, facts)
     return run
 
@@ -202,13 +202,13 @@ def load_run(out: str | Path) -> tuple[Transformer, Tokenizer]:
     save, _, facts = latest_facts(Path(out))
     model = Transformer(TrainConfig.from_dict(facts["config"]).model)
     weights = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    load_sharded(save, weights | biases(model))
+    load_sharded(save, weights | biases([model]))
     return model, Tokenizer.from_str(facts["tokenizer"])
 
 
-def biases(model: nn.Module) -> dict[str, Tensor]:
+def biases(stages: Iterable[nn.Module]) -> dict[str, Tensor]:
     """The routers' biases, by name in a save."""
-    return {f"model/{name}": bias for name, bias in model.named_buffers() if name.endswith(BIAS)}
+    return {f"model/{name}": bias for name, bias in named_biases(stages).items()}
 
 
 def _go_on_at(run: Run, step: int, facts: dict[str, Any]) -> None:
