@@ -24,7 +24,6 @@ from .kernels.fp8_gemm import dequantize_tiles
 from .kernels.quantize import LEAST, TINY
 
 ALIGN = 128     # an expert's rows are a multiple of it: no 128 x 1 tile has tokens of two experts
-LIFT = 2.0 ** 32    # what `parallel/dispatch.py` multiplies rows with, instead of giving its quantiser a `least`
 
 
 class Operand(NamedTuple):

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..fp8_products import LIFT
 from ..kernels import Permutation, permute, quantize_tiles, sort_by_expert, unpermute
 from ..kernels.fp8_gemm import dequantize_tiles
+from ..kernels.quantize import TINY
 
 PAYLOADS = (None, "fp8")
 
@@ -195,9 +195,9 @@ def send(rows: Tensor, shares: Shares, payload: str | None) -> Tensor:
     if payload == "bf16":
         return all_to_all(rows.bfloat16(), shares).to(rows.dtype)
     if payload == "fp8":
-        codes, scales = quantize_tiles(rows * LIFT, pow2=True)                   # gradients may be tiny
+        codes, scales = quantize_tiles(rows, pow2=True, least=TINY)              # gradients may be tiny
         codes = all_to_all(codes.view(torch.uint8), shares).view(codes.dtype)    # not every backend knows FP8
-        return dequantize_tiles(codes, all_to_all(scales.T / LIFT, shares).T).to(rows.dtype)
+        return dequantize_tiles(codes, all_to_all(scales.T, shares).T).to(rows.dtype)
     return all_to_all(rows, shares)
 
 
