@@ -14,8 +14,8 @@ from torch.distributed.pipelining.schedules import BACKWARD_INPUT, FORWARD, FULL
 from ..cost import TRAINING_BYTES
 from ..optim import MOMENTS, AdamW
 from .layout import Layout
-from .mesh import fake_world, make_mesh, parallelise
-from .pipeline import Pipeline, local
+from .mesh import fake_world, local, make_mesh, parallelise
+from .pipeline import Pipeline
 from .places import named_biases
 
 KINDS = {4: torch.bfloat16, 8: torch.float32}       # of moments, by the bytes of both

@@ -38,6 +38,7 @@ from .runtime import ScheduleOrders
 from .schedule import ORDERS
 from .stage import Objective, Stage
 
+# Folded chains run in torch's own orders; its DualPipeV is action for action that of schedule.py.
 OF_TORCH = {"zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -118,7 +119,8 @@ class Pipeline:
             if stage.first:
                 arguments = (self._half(tokens, place),)
             if stage.last:
-                keywords = {"labels": self._half(tokens, place), "target": self._half(tokens, place)}
+                labels = self._half(tokens, place)
+                keywords = {"labels": labels, "target": labels}       # for the stage, and what torch gives `computed`
                 if documents is not None:
                     keywords["documents"] = self._half(documents.to(self.device), place)
         return arguments, keywords
@@ -145,9 +147,12 @@ class Pipeline:
         return ScheduleOrders(links, form, micro_batches // form.count, computed, orders)
 
     def _sum_copies(self) -> None:
-        """Each weight that two ranks hold gets the sum of both gradients, so that both copies stay equal."""
+        """Each weight that two ranks hold gets the sum of both gradients, so that both copies stay equal.
+
+        The two are mirrored ranks, whatever is copied: DualPipe's stages, or the embedding on the first and last rank.
+        """
         partner = self.ranks - 1 - self.rank
-        for name, parameter in sorted(self.weights().items()):
+        for name, parameter in sorted(self.weights().items()):        # both partners in the same order
             if name == EMBEDDING and name in self.copied and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)      # MTP's copy in a step without MTP
             if name in self.copied and parameter.grad is not None:

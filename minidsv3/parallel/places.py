@@ -26,7 +26,10 @@ class Chains(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a stage stands: in which direction's chain, and at which position of it."""
+    """Where a stage stands: in which direction's chain, and at which position of it.
+
+    A folded chain is one chain, of direction a. (Orders call its second half b: see `schedule.Seat`.)
+    """
 
     direction: str
     position: int

@@ -88,7 +88,7 @@ class _Order:
         self.actions += [self._waiting.popleft() for _ in range(count)]
 
     def _next(self, kind: str, seat: Seat) -> Action:
-        way = kind == "F", seat
+        way = (kind == "F", seat)            # forwards and backwards are counted apart
         action = Action(kind, seat.direction, self._count[way], seat.stage)
         self._count[way] += 1
         if kind == "I":
