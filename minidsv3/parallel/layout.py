@@ -1,6 +1,6 @@
 """Who holds what: one model on gpus = pp x dp GPUs, with dp = edp x ep (report section 3.2).
 
-    pp    pipeline ranks: each holds the stages that its order works on, one or two (schedule.py)
+    pp    pipeline ranks: each holds one stage or two (places.py)
     dp    GPUs with the same stages. Each takes micro-batches of its own; all of the model but the experts is repeated
     ep    GPUs of a dp group that share out a layer's routed experts
     edp   copies of each expert: dp / ep
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..config import ModelConfig
 from ..cost import Weight, layer_weights, main_weights, mtp_weights
+from .places import chains, places
 from .schedule import ORDERS, Orders
 from .stage import split
 
@@ -90,14 +91,14 @@ class Layout:
     @cached_property
     def pieces(self) -> list[Piece]:
         """The model cut into the stages of one chain: 2 pp of them if the schedule folds it, else pp."""
-        stages = 1 + max(part.stage for order in self.orders for action in order for part in action.parts)
-        layers = split(self.config, stages)
-        return [Piece(stage, layers[stage], stage == 0, stage == stages - 1) for stage in range(stages)]
+        stages = chains(self.schedule, self.pp).length
+        return [Piece(stage, layers, stage == 0, stage == stages - 1)
+                for stage, layers in enumerate(split(self.config, stages))]
 
     def held(self, rank: int) -> list[Piece]:
-        """The stages that pipeline rank `rank` holds: those that its order works on."""
-        return [self.pieces[stage] for stage in sorted({part.stage for action in self.orders[rank]
-                                                        for part in action.parts})]
+        """The stages that pipeline rank `rank` holds, in the model's order."""
+        positions = sorted(place.position for place in places(self.schedule, self.pp, rank))
+        return [self.pieces[position] for position in positions]
 
     def weights(self, rank: int) -> list[Weight]:
         """Every tensor on one GPU of pipeline rank `rank`, each layer's own; of the routed experts its share."""

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 from ..config import ModelConfig
 from ..cost import TRAINING_BYTES, VALUE_BYTES, Weight
+from ..kernels.quantize import TILE
 from .layout import Layout, Piece, count
 from .schedule import Action, Overlapped
 
 MASTER = 4                          # bytes of an FP32 master weight
 SLOTS = 2                           # receive buffers of each kind: one arrives while another is read
-TILE = 128                          # values that share an FP32 scale
 BITS = {"fp32": {"stream": 32, "wide": 32, "product": 32, "attention": 32, "exact": 32},
         "bf16": {"stream": 16, "wide": 16, "product": 16, "attention": 16, "exact": 32},
         "fp8": {"stream": 16, "wide": 16, "product": 8, "attention": 12, "exact": 32}}
@@ -117,18 +117,23 @@ def memory(layout: Layout, rank: int, precision: str = "fp8", data_rank: int = 0
         raise ValueError(f"there is no data rank {data_rank}; ranks count from 0 to {layout.dp - 1}")
     weights = layout.weights(rank)
     learned = [weight for weight in weights if weight.part != "biases"]
-    each = TRAINING_BYTES[precision]
-    kept = {piece.stage: kept_by_stage(layout.config, piece) for piece in layout.held(rank)}
-    in_flight, activations = peak(layout.orders[rank], {
-        stage: layout.sequence * sum(each.bytes(precision) for each in found) for stage, found in kept.items()})
-    _, stream = peak(layout.orders[rank], {
-        stage: layout.sequence * sum(each.bytes(precision) for each in found if each.kind == "stream")
-        for stage, found in kept.items()})
+    values = TRAINING_BYTES[precision]
+
+    def at_peak(*kinds: str) -> tuple[int, int]:
+        """The most chunks in flight, and the most bytes of these kinds that they keep."""
+        sizes = {}
+        for piece in layout.held(rank):
+            kept = [each for each in kept_by_stage(layout.config, piece) if each.kind in kinds]
+            sizes[piece.stage] = layout.sequence * sum(each.bytes(precision) for each in kept)
+        return peak(layout.orders[rank], sizes)
+
+    in_flight, activations = at_peak(*BITS[precision])
+    _, stream = at_peak("stream")
     return Memory(
         parameters=count(weights), experts=count(weight for weight in weights if weight.part == "routed"),
         weights=sum(weight_bytes(weight, precision) for weight in weights),
-        gradients=each.gradient * count(learned),
-        optimiser=(MASTER + each.moments) * sum(shard(layout, weight, data_rank) for weight in learned),
+        gradients=values.gradient * count(learned),
+        optimiser=(MASTER + values.moments) * sum(shard(layout, weight, data_rank) for weight in learned),
         activations=activations, buffers=buffers(layout, rank, precision), in_flight=in_flight,
         gathered=MASTER * count(learned) - sum(weight_bytes(weight, precision) for weight in learned
                                                if format_of(weight, precision) != "fp8"),

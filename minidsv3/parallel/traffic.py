@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import route
-
-TILE = 128                              # numbers that share a scale of an FP8 payload
+from ..kernels.quantize import TILE
 
 
 class Cluster(NamedTuple):
