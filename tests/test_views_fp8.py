@@ -13,6 +13,7 @@ from test_views import _seconds, check_rules
 from minidsv3.formats import E4M3, E5M2, fake_quantize, round_to
 from minidsv3.views import format_explorer as explorer
 from minidsv3.views import fp8 as draw
+from minidsv3.views import fp8_training as training
 
 STATES = {name: explorer.start_state(**changes) for name, changes in {
     "start": {}, "int8": {"format": "INT8"}, "e5m2 in tiles": {"format": "E5M2", "granularity": "1 x 128"},
@@ -111,6 +112,7 @@ def test_every_number_of_the_format_is_a_stroke():
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
+WALKS = [[math.sin(step / (40 + i)) * 0.2 * i for step in range(600)] for i in range(8)]
 POINTS = [(10.0 ** n, 2.0 + n) for n in range(4)]
 PICTURES = {
     "number line": lambda: draw.number_line({"as it is": torch.randn(500).tolist(), "small": [0.0, 1e-5, 3e-3]}, E4M3),
@@ -121,8 +123,11 @@ PICTURES = {
     "recipes": lambda: draw.by_recipe({"BF16": [1.0, 1.2], "FP8 as in the report": [6.5, 7.0]}, "error, %"),
     "bytes": lambda: draw.stacked_bytes({"BF16": {"a": 2.0, "b": 3.0, "c": 1.0, "d": 1.0, "e": 4.0}, "FP8": {"a": 1.0}},
                                         "KB a token"),
-    "training": lambda: draw.beside_bf16({"BF16": [[3.0, 2.0, 1.5]] * 2, "FP8": [[3.0, 2.1, 1.4]] * 2},
-                                         {"FP8": [[0.0, 0.3, -0.2]], "control": [[0.0, 0.1, 0.2]]}, bound=0.25),
+    "training": lambda: training.beside_bf16({"BF16": [3.0, 2.0, 1.5], "FP8": [3.0, 2.1, 1.4]},
+                                             {"FP8": [0.0, 0.3, -0.2], "control": [0.0, 0.1, 0.2]}, 0.25, 1000),
+    "seeds": lambda: training.one_by_one({"FP8 as in the report": WALKS[:5]}, WALKS[5:], 0.25, 1024),
+    "ways": lambda: training.one_by_one({f"one scale a sum, no. {i}": [walk] for i, walk in enumerate(WALKS[:5])}
+                                        | {"diverged": [WALKS[5][:20]]}, WALKS[6:7], 0.25, 16_384),
     "explorer": lambda: explorer.format_explorer_states({name: STATES[name] for name in ("start", "int8", "blocks")}),
 }
 
@@ -146,3 +151,45 @@ def test_tiles_lie_along_the_sum():
 @pytest.mark.parametrize("value, words", [(8.0, "8"), (0.25, "0.25"), (2.0 ** -9, "2\u207b\u2079")])
 def test_powers_are_written_short(value, words):
     assert draw.power(value) == words
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def distances(*lines: list[float]) -> training.Picture:
+    return training.one_by_one({f"way {i}": [line] for i, line in enumerate(lines)}, [[0.1] * 8], 0.25, 1000)
+
+
+def words_of(axes) -> list[str]:
+    return [text.get_text().strip() for text in axes.texts]
+
+
+def test_lines_stand_over_their_tokens_and_bounds_over_the_last_half():
+    (axes,) = distances([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, -0.7]).axes
+    control, line, zero = axes.lines
+    assert line.get_xdata()[0] == 1000 and line.get_xdata()[-1] == 8000 and line.get_ydata()[-1] == -0.7
+    assert control.get_linestyle() == "--" and line.get_linestyle() == "-"
+    bounds = [segment.tolist() for segment in axes.collections[0].get_segments()]
+    assert bounds == [[[4000, -0.25], [8000, -0.25]], [[4000, 0.25], [8000, 0.25]]]
+    assert words_of(axes) == ["+0.25 %", "\u22120.25 %"]
+
+
+@pytest.mark.parametrize("line, most", [
+    ([0.0] * 7 + [-0.7], 0.77), ([9.0, 9.0] + [0.7] * 6, 0.77), ([0.0] * 8, 0.375), ([0.0] * 7 + [50.0], 2.0)])
+def test_the_axis_shows_what_comes_after_the_first_quarter(line, most):
+    """Neither the first steps nor a run that flies away hide the others; small distances are not blown up."""
+    (axes,) = distances(line).axes
+    assert axes.get_ylim() == pytest.approx((-most, most))
+
+
+@pytest.mark.parametrize("steps, side", [(2, "left"), (7, "right")])
+def test_a_run_that_diverged_has_a_cross_where_it_ended(steps, side):
+    whole, short = distances([0.2] * 8, [0.2] * steps).axes
+    (cross,) = (line for line in short.lines if line.get_marker() == "X")
+    (text,) = (text for text in short.texts if "diverged" in text.get_text())
+    assert cross.get_xdata() == [1000 * steps] and text.get_ha() == side
+    assert "diverged" not in words_of(whole) and short.get_xlim() == (1000, 8000)
+
+
+def test_of_a_long_line_some_points_are_drawn():
+    (axes,) = training.one_by_one({"way": [[0.1] * 1832]}, [[0.1] * 1832], 0.25, 1).axes
+    assert 200 <= len(axes.lines[0].get_xdata()) < 220

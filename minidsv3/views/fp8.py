@@ -1,5 +1,5 @@
 """Chapter 04's still pictures: numbers above the line of codes, the three products with their scales, errors as curves,
-what waits in how many bytes, and training in FP8 beside BF16.
+and what waits in how many bytes. Training is in fp8_training.py.
 
 Each takes plain numbers or asks the package, so that a toy, a run and a stored experiment are drawn alike.
 """
@@ -17,7 +17,7 @@ from .style import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILIO
 
 LOOKS = ((BLUE, "-", "o"), (VERMILION, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"), (ORANGE, "-", "v"),
          (DARK, "--", "x"))             # colour, dashes and mark, so that no line hangs on its colour alone
-FEW = 24                                # colours that are enough here, see `Picture`
+FEW = 12                                # colours that are enough here, see `Picture`
 BELOW, ZERO = Fill(SKY, "/"), Fill(GREY, "x")       # below the normal numbers, and what becomes 0
 
 
@@ -31,7 +31,7 @@ def number_line(values: Mapping[str, Sequence[float]], format: Format) -> Pictur
     `values` are already divided by their scales. Zeros are counted as such and have no place on the axis.
     """
     low, high = math.log2(format.smallest) - 4, math.log2(format.largest) + 1.5
-    picture = Picture(9.6, 1.5 + 1.55 * len(values), f"Histograms of {', '.join(values)} on an axis of octaves, and "
+    picture = Picture(9.6, 1.5 + 1.3 * len(values), f"Histograms of {', '.join(values)} on an axis of octaves, and "
                       f"below them every number of {format.name} as a stroke. Look for what lies in the zone that "
                       "becomes 0.", FEW)
     panels = picture.subplots(len(values) + 1, 1, sharex=True, height_ratios=[1] * len(values) + [0.55])
@@ -217,38 +217,4 @@ def stacked_bytes(rows: Mapping[str, Mapping[str, float]], xlabel: str) -> Pictu
     picture.tight_layout(rect=(0, 0, 1, 1 - 0.28 * -(-len(parts) // 4) / picture.get_figheight()))
     picture.legend(handles.values(), handles.keys(), loc="upper center", ncols=min(len(parts), 4), frameon=False,
                    handleheight=1.2)
-    return picture
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
-@styled
-def beside_bf16(losses: Mapping[str, Sequence[Sequence[float]]], apart: Mapping[str, Sequence[Sequence[float]]],
-                bound: float) -> Picture:
-    """Left the losses, method -> a line for each seed; right how far methods are from BF16 in percent, with +-bound.
-
-    All lines are over steps 1, 2, ..
-    """
-    picture = Picture(10, 3.6, f"Left, loss over steps for {', '.join(losses)}, a line for each seed; right, distance "
-                      f"from BF16 in percent for {', '.join(apart)}, with lines at +-{bound} percent. See which of "
-                      "them end between these lines, and whether the control does.", FEW)
-    left, right = picture.subplots(1, 2)
-    looks = dict(zip(dict.fromkeys([*losses, *apart]), LOOKS))
-    for axes, curves in ((left, losses), (right, apart)):
-        for name, lines in curves.items():
-            colour, dashes, mark = looks[name]
-            for i, line in enumerate(lines):
-                axes.plot(range(1, len(line) + 1), line, color=colour, linestyle=dashes, marker=mark, markersize=4,
-                          markevery=(len(line) // 12, max(len(line) // 6, 1)), linewidth=1.2,
-                          label=None if i else name)
-        axes.set(xlabel="step", xlim=(1, len(line)))
-        axes.legend(frameon=False, loc="upper right")
-    left.set(ylabel="loss, nats")
-    for level in (-bound, 0, bound):
-        right.axhline(level, color=BLACK, linewidth=1.6 if level else 0.8, zorder=0)
-    right.text(1.02, bound, f"+{bound:g} %", transform=right.get_yaxis_transform(), va="center", fontsize=10)
-    right.text(1.02, -bound, f"\u2212{bound:g} %", transform=right.get_yaxis_transform(), va="center", fontsize=10)
-    right.set(ylabel="loss above BF16's, %")
-    picture.tight_layout()
     return picture
