@@ -357,7 +357,7 @@ def test_stages_of_a_pipeline_are_the_model():
     want, tokens = gradients(model), tiny_tokens(2, 33, 0)
     stages = [Stage(model.config, layers, precision="fp8") for layers in split(model.config, 2)]
     for stage in stages:
-        stage.load_whole(tiny_model(dtype=torch.float32).state_dict())
+        stage.take_from(tiny_model(dtype=torch.float32).state_dict())
         stage.begin_step(Objective(mtp_weight=0.3, balance_weight=1e-3))
     stages[1](stages[0](tokens), tokens).backward()
     for stage in stages:

@@ -70,8 +70,8 @@ class Traffic(NamedTuple):
     crossing: int    # of them to another node
 
 
-class Step(NamedTuple):
-    """What the way back needs to know about one hop."""
+class Leg(NamedTuple):
+    """One hop as it was travelled: what the way back needs to know."""
 
     order: Permutation    # of the copies that were made
     shares: Shares
@@ -97,7 +97,7 @@ def two_hops(mesh: DeviceMesh) -> list[Hop]:
 # ---- there and back ---------------------------------------------------------------------------------------------
 
 def dispatch(tokens: Tokens, experts: int, hops: Sequence[Hop], payload: str | None = None
-             ) -> tuple[Tokens, list[Step]]:
+             ) -> tuple[Tokens, list[Leg]]:
     """Brings tokens to the ranks of their experts; returns what arrives here, and the trail that `combine` goes back.
 
     `experts` counts all of them; each rank of the hops hosts an equal run, in order. All ranks must call it together.
@@ -110,25 +110,25 @@ def dispatch(tokens: Tokens, experts: int, hops: Sequence[Hop], payload: str | N
     trail = []
     for hop in hops:
         experts //= hop.group.size()
-        tokens, step = travel(tokens, experts, hop, payload)
-        trail.append(step)
+        tokens, leg = travel(tokens, experts, hop, payload)
+        trail.append(leg)
     return tokens, trail
 
 
-def combine(rows: Tensor, trail: Sequence[Step]) -> Tensor:
+def combine(rows: Tensor, trail: Sequence[Leg]) -> Tensor:
     """The way back: rows [R, hidden], one for each token that arrived -> [N, hidden], summed at each hop."""
-    for step in reversed(trail):
-        there = "bf16" if step.payload else None
-        rows = fan_in(Exchange.apply(rows, step.shares.back, there, step.payload), step.order)
+    for leg in reversed(trail):
+        there = "bf16" if leg.payload else None
+        rows = fan_in(Exchange.apply(rows, leg.shares.back, there, leg.payload), leg.order)
     return rows
 
 
-def traffic(trail: Sequence[Step]) -> Traffic:
+def traffic(trail: Sequence[Leg]) -> Traffic:
     """What all hops of a dispatch sent."""
-    return Traffic(sum(step.traffic.copies for step in trail), sum(step.traffic.crossing for step in trail))
+    return Traffic(sum(leg.traffic.copies for leg in trail), sum(leg.traffic.crossing for leg in trail))
 
 
-def travel(tokens: Tokens, experts: int, hop: Hop, payload: str | None) -> tuple[Tokens, Step]:
+def travel(tokens: Tokens, experts: int, hop: Hop, payload: str | None) -> tuple[Tokens, Leg]:
     """One hop, to members of `experts` experts each."""
     copies, order = fan_out(tokens, hop.group.size(), experts)
     sent = order.ends[:-1].diff(prepend=order.ends.new_zeros(1))
@@ -137,7 +137,7 @@ def travel(tokens: Tokens, experts: int, hop: Hop, payload: str | None) -> tuple
                      all_to_all(copies.experts, shares), Exchange.apply(copies.weights, shares, None, None))
     leave = [rows for member, rows in enumerate(shares.sent) if member != hop.group.rank()]
     cross = [rows for member, rows in enumerate(shares.sent) if member not in hop.node]
-    return arrived, Step(order, shares, payload, Traffic(sum(leave), sum(cross)))
+    return arrived, Leg(order, shares, payload, Traffic(sum(leave), sum(cross)))
 
 
 # ---- copies -----------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Pipeline:
         with self.device:
             self.stages = build_stages(config, schedule, self.ranks, self.rank, precision)
         for stage in self.stages if state is not None else ():
-            stage.load_whole(state)
+            stage.take_from(state)
         for stage in sorted(self.stages, key=lambda stage: stage.layers.start):   # a shared embedding is the first's
             wrap(stage)
         self.stores = [defer_weight_gradients(stage) for stage in self.stages]

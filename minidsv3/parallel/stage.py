@@ -56,7 +56,7 @@ class Stage(Transformer):
     `layers` is one of the ranges of `split`. MTP modules read the embedding, so the last stage has it too: `embedding`,
     the first stage's own one, if a rank holds both ("physical sharing", section 3.2.3), else a copy; then both copies
     need the sum of their gradients (`pipeline.py`).
-    Weights have no useful values before `load_whole`.
+    Weights have no useful values before `take_from`.
     """
 
     def __init__(self, config: ModelConfig, layers: range, embedding: nn.Embedding | None = None,
@@ -142,7 +142,7 @@ class Stage(Transformer):
         if record:                           # MTP modules that did not run add nothing
             self.load[:len(record)] += torch.stack([routing.load for routing in record])
 
-    def load_whole(self, state: Mapping[str, Tensor]) -> None:
+    def take_from(self, state: Mapping[str, Tensor]) -> None:
         """Takes this stage's values, and its dtype, out of a whole Transformer's state dict.
 
         Raises ValueError for values that are missing there.

@@ -53,7 +53,7 @@ def test_the_stages_states_together_are_the_models(overrides, stages):
     together = {}
     for layers in split(model.config, stages):
         stage = Stage(model.config, layers)
-        stage.load_whole(model.state_dict())
+        stage.take_from(model.state_dict())
         state = stage.state_dict()
         assert together.keys() & state.keys() <= {EMBEDDING}
         together |= state
@@ -67,7 +67,7 @@ def test_half_a_state_is_refused():
     model = tiny_model(**MTP)
     state = {name: value for name, value in model.state_dict().items() if ".layers.3." not in name}
     with pytest.raises(ValueError, match=r"the state has no model\.layers\.3\..*; layers 2 to 3 need the state of a"):
-        Stage(model.config, range(2, 4)).load_whole(state)
+        Stage(model.config, range(2, 4)).take_from(state)
 
 
 def test_16_ranks_add_up_to_the_full_model():
@@ -106,7 +106,7 @@ def chain(model: Transformer, stages: int, tokens: Tensor, documents: Tensor, ob
     parts = [Stage(model.config, layers) for layers in split(model.config, stages)]
     inputs, outputs, x = [], [], tokens
     for stage in parts:
-        stage.load_whole(model.state_dict())
+        stage.take_from(model.state_dict())
         stage.begin_step(objective)
         inputs.append(x)
         outputs.append(stage(x, tokens, documents) if stage.last else stage(x))
@@ -170,7 +170,7 @@ def test_a_deferred_stage_gives_the_same():
     tokens = tiny_tokens(1, 9)
     model.loss(tokens).total.backward()
     stage = Stage(model.config, range(0, 4))
-    stage.load_whole(model.state_dict())
+    stage.take_from(model.state_dict())
     store = defer_weight_gradients(stage)
     stage(tokens, tokens).backward()
     assert len(store) > 0
