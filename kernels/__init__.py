@@ -11,6 +11,8 @@ from minidsv3.kernels.backend import use_kernels, uses_triton
 from minidsv3.kernels.contract import contract, linear
 from minidsv3.kernels.cross_entropy import (cross_entropy, cross_entropy_reference, linear_cross_entropy,
                                             linear_cross_entropy_reference)
+from minidsv3.kernels.e5m6 import (dequantize_e5m6, dequantize_e5m6_reference, quantize_e5m6,
+                                   quantize_e5m6_reference)
 from minidsv3.kernels.fp8_gemm import fp8_gemm, fp8_gemm_reference
 from minidsv3.kernels.fp8_grouped_gemm import (fp8_grouped_gemm, fp8_grouped_gemm_reference, fp8_grouped_wgrad,
                                                fp8_grouped_wgrad_reference)
@@ -31,14 +33,14 @@ from minidsv3.kernels.swiglu_quantize import (swiglu_quantize, swiglu_quantize_b
 from minidsv3.kernels.weighted_swiglu import weighted_swiglu, weighted_swiglu_reference
 
 __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy_reference", "dequantize_blocks",
-           "dequantize_blocks_reference", "fp8_gemm", "fp8_gemm_reference", "fp8_grouped_gemm",
-           "fp8_grouped_gemm_reference", "fp8_grouped_wgrad", "fp8_grouped_wgrad_reference", "grouped_gemm",
-           "grouped_gemm_reference", "linear", "linear_cross_entropy", "linear_cross_entropy_reference",
-           "mla_attention", "mla_attention_reference", "mla_decode", "mla_decode_reference", "permute",
-           "permute_reference", "permute_tiles", "permute_tiles_reference", "quantize_blocks",
-           "quantize_blocks_reference", "quantize_columns", "quantize_columns_reference", "quantize_tiles",
-           "quantize_tiles_reference", "rms_norm", "rms_norm_reference", "rope", "rope_reference", "route",
-           "route_reference", "sort_by_expert", "sort_by_expert_reference", "swiglu", "swiglu_quantize",
-           "swiglu_quantize_backward", "swiglu_quantize_backward_reference", "swiglu_quantize_reference",
-           "swiglu_reference", "unpermute", "unpermute_reference", "use_kernels", "uses_triton", "weighted_swiglu",
-           "weighted_swiglu_reference"]
+           "dequantize_blocks_reference", "dequantize_e5m6", "dequantize_e5m6_reference", "fp8_gemm",
+           "fp8_gemm_reference", "fp8_grouped_gemm", "fp8_grouped_gemm_reference", "fp8_grouped_wgrad",
+           "fp8_grouped_wgrad_reference", "grouped_gemm", "grouped_gemm_reference", "linear", "linear_cross_entropy",
+           "linear_cross_entropy_reference", "mla_attention", "mla_attention_reference", "mla_decode",
+           "mla_decode_reference", "permute", "permute_reference", "permute_tiles", "permute_tiles_reference",
+           "quantize_blocks", "quantize_blocks_reference", "quantize_columns", "quantize_columns_reference",
+           "quantize_e5m6", "quantize_e5m6_reference", "quantize_tiles", "quantize_tiles_reference", "rms_norm",
+           "rms_norm_reference", "rope", "rope_reference", "route", "route_reference", "sort_by_expert",
+           "sort_by_expert_reference", "swiglu", "swiglu_quantize", "swiglu_quantize_backward",
+           "swiglu_quantize_backward_reference", "swiglu_quantize_reference", "swiglu_reference", "unpermute",
+           "unpermute_reference", "use_kernels", "uses_triton", "weighted_swiglu", "weighted_swiglu_reference"]

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from .attention import MLA, Context
 from .attention_gradient import attend, attend_backward
-from .e5m6 import dequantize_e5m6, quantize_e5m6
 from .fp8_linear import fprop, linears, weight_gradient
-from .kernels import rope
+from .kernels import dequantize_e5m6, quantize_e5m6, rope
 from .recompute import Normed
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minidsv3 import ModelConfig, Transformer, course, e5m6, formats
+from minidsv3 import ModelConfig, Transformer, course, formats
 from minidsv3.attention import LatentCache
 from minidsv3.course.symbols import SYMBOLS, Symbol
-from minidsv3.kernels import Routing, quantize
+from minidsv3.kernels import Routing, e5m6, quantize
 from minidsv3.optim import Recipe
 from minidsv3.parallel import simulate, stage
 

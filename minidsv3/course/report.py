@@ -96,7 +96,7 @@ REPORT = (
     Row("3.3.2 and 3.5.2, accumulation precision", "a model of the tensor core's sum of 14 bits",
         "accumulate.accumulate", "test_accumulate.py::test_the_model_is_its_three_steps"),
     Row("3.3.3, low-precision activation", "E5M6 in memory, its scales powers of two (encoding: our choice)",
-        "e5m6.quantize_e5m6", "test_e5m6.py::test_what_comes_back_is_e5m6_with_power_of_two_tiles"),
+        "kernels.e5m6.quantize_e5m6", "test_e5m6.py::test_what_comes_back_is_e5m6_with_power_of_two_tiles"),
     Row("3.3.2, increasing accumulation precision", "the FP8 product, promoted each 128 of K",
         "kernels.fp8_gemm", "kernels/test_fp8_gemm.py::test_sums_outside_of_the_tensor_cores_are_in_fp32"),
     Row("3.3.3, low-precision optimiser states", "AdamW with BF16 moments", "optim.AdamW",

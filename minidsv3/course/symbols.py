@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import e5m6, formats
+from .. import formats
 from ..attention import LatentCache
-from ..kernels import Routing, quantize, route
+from ..kernels import Routing, e5m6, quantize, route
 from ..model import Transformer
 from ..moe import MoE
 from ..optim import Recipe
