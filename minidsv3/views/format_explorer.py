@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..formats import E4M3, E5M2, E5M6, INT8, Format, decode, round_to, scale_of_each
 from .explore import View, choice, explore, log_slider, slider
-from .fp8 import BELOW, ZERO, power
+from .fp8 import BELOW, FEW, ZERO, power
 from .style import BLACK, BLUE, DARK, ORANGE, VERMILION, WHITE, Fill, Picture, styled
 from .svg import line, page, rectangle, text
 
@@ -205,7 +205,7 @@ def format_explorer_states(states: dict[str, dict]) -> Picture:
     """Histograms on the line of codes for several states, with the error of the others."""
     errors = {name: 100 * error(state) for name, state in states.items()}
     picture = Picture(11, 3.1, "Histograms of numbers on the line of codes, for several states of the explorer. "
-                      + "; ".join(f"{name}: error {percent:.1f} %" for name, percent in errors.items()) + ".")
+                      + "; ".join(f"{name}: error {percent:.1f} %" for name, percent in errors.items()) + ".", FEW)
     for axes, (name, state) in zip(picture.subplots(1, len(states), sharey=True), states.items()):
         format, places = FORMATS[state["format"]], others(scaled(state)).abs().flatten()
         octaves = places[places > 0].log2().clamp(LOW, HIGH - 1e-3).double()

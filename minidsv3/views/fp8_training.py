@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from .fp8 import FEW
 from .style import BLACK, BLUE, DARK, VERMILION, Picture, styled
 
 Line = Sequence[float]
 LOOKS = {"BF16": (BLACK, ":"), "control": (VERMILION, "--"), "FP8": (BLUE, "-")}
-POINTS = 200                            # of a line that are drawn: it is smoothed, so neighbours are alike
+FEW = 8                                 # colours that are enough here, see `Picture`
+POINTS = 150                            # of a line that are drawn: it is smoothed, so neighbours are alike
 FARTHEST = 8                            # bounds that the axis of distances shows at most
 
 
