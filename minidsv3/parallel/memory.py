@@ -190,7 +190,7 @@ def buffers(layout: Layout, rank: int, precision: str) -> int:
     """Receive buffers of the pipeline, and of one layer's exchange between experts in an F&B block.
 
     A stage receives activations unless it is the first and gradients unless it is the last, [sequence, hidden] each;
-    SLOTS of each, besides those that are counted as inputs of chunks in flight (runtime.py).
+    SLOTS of each, besides those that are counted as inputs of chunks in flight (torch_stage.py).
     The forward's combine brings rows in BF16; the backward's dispatch brings codes, its combine BF16.
     """
     d = layout.config.hidden_size

@@ -31,12 +31,12 @@ from ..balance import update_biases
 from ..config import ModelConfig
 from ..model import Losses
 from ..weight_gradients import WeightGradStore, defer_weight_gradients
-from .link import Link
 from .mesh import clip_gradients, local
 from .places import Place, build_stages, chains, copied_weights, named_weights, places
 from .runtime import ScheduleOrders
 from .schedule import ORDERS
 from .stage import Objective, Stage
+from .torch_stage import TorchStage
 
 # Folded chains run in torch's own orders; its DualPipeV is action for action that of schedule.py.
 OF_TORCH = {"zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
@@ -107,8 +107,8 @@ class Pipeline:
         arguments, keywords = self._feed(tokens.to(self.device), documents)
         schedule = self.schedule_of(micro_batches, tokens.shape[1] - 1)
         schedule.step(*arguments, return_outputs=False, **keywords)
-        for link in schedule._stages:
-            link.wait_for_messages()
+        for stage in schedule._stages:
+            stage.wait_for_messages()
         self._sum_copies()
         return self._gather(objective)
 
@@ -139,12 +139,12 @@ class Pipeline:
 
     def _build(self, micro_batches: int, length: int) -> _PipelineScheduleRuntime:
         form = chains(self.schedule, self.ranks)
-        links = [Link(stage, place, form, self.micro_batch, length, self.device, self.group, store.take)
-                 for stage, place, store in zip(self.stages, self.places, self.stores)]
+        stages = [TorchStage(stage, place, form, self.micro_batch, length, self.device, self.group, store.take)
+                  for stage, place, store in zip(self.stages, self.places, self.stores)]
         if self.schedule in OF_TORCH:
-            return OF_TORCH[self.schedule](links, micro_batches, computed, scale_grads=False)
+            return OF_TORCH[self.schedule](stages, micro_batches, computed, scale_grads=False)
         orders = ORDERS[self.schedule](self.ranks, micro_batches)
-        return ScheduleOrders(links, form, micro_batches // form.count, computed, orders)
+        return ScheduleOrders(stages, form, micro_batches // form.count, computed, orders)
 
     def _sum_copies(self) -> None:
         """Each weight that two ranks hold gets the sum of both gradients, so that both copies stay equal.

@@ -2,7 +2,7 @@
 
 torch.distributed.pipelining has no bidirectional schedule, but its runtime does whatever actions it is given, F&B among
 them. So an order is translated, and the stages of both directions get numbers that torch takes for two chains
-(`link.py`).
+(`torch_stage.py`).
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from torch.distributed.pipelining.schedules import (BACKWARD_INPUT, BACKWARD_WEI
                                                     OVERLAP_F_B, RECV_B, RECV_F, _Action, _add_reduce_grad,
                                                     _add_send_recv, _add_unshard_reshard, _PipelineScheduleRuntime)
 
-from .link import Link, number
 from .places import Chains, Place
 from .schedule import Action, Orders, Overlapped
+from .torch_stage import TorchStage, number
 
 KINDS = {"F": FORWARD, "B": FULL_BACKWARD, "I": BACKWARD_INPUT, "W": BACKWARD_WEIGHT}
 
@@ -21,20 +21,20 @@ KINDS = {"F": FORWARD, "B": FULL_BACKWARD, "I": BACKWARD_INPUT, "W": BACKWARD_WE
 class ScheduleOrders(_PipelineScheduleRuntime):
     """Runs orders of `schedule.py` on torch's runtime: one chain of stages, or the two of `dualpipe`.
 
-    `links` are this rank's, `micro_batches` those of each chain; `loss` is as in torch, and nothing is divided by the
+    `stages` are this rank's, `micro_batches` those of each chain; `loss` is as in torch, and nothing is divided by the
     number of micro-batches.
     """
 
-    def __init__(self, links: list[Link], chains: Chains, micro_batches: int, loss: Callable, orders: Orders):
-        super().__init__(links, micro_batches, loss, scale_grads=False)
+    def __init__(self, stages: list[TorchStage], chains: Chains, micro_batches: int, loss: Callable, orders: Orders):
+        super().__init__(stages, micro_batches, loss, scale_grads=False)
         last = chains.length - 1
         self.stage_index_to_group_rank = {number(Place("a", rank), chains): rank for rank in range(chains.length)}
         if chains.count == 2:
             self.stage_index_to_group_rank |= {number(Place("b", last - rank), chains): rank
                                                for rank in range(chains.length)}
             self.stage_index_to_group_rank[chains.length] = last          # number P, in neither chain
-        for link in links:
-            link.stage_index_to_group_rank = self.stage_index_to_group_rank
+        for stage in stages:
+            stage.stage_index_to_group_rank = self.stage_index_to_group_rank
         self.pipeline_order_with_comms = self._with_messages([lower(order, chains) for order in orders])
 
     def _with_messages(self, orders: list[list[_Action]]) -> dict[int, list[_Action]]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from minidsv3.balance import update_biases
 from minidsv3.model import Losses, Transformer
 from minidsv3.optim import AdamW
-from minidsv3.parallel.link import Link
 from minidsv3.parallel.mesh import in_the_whole, make_mesh, parallelise
 from minidsv3.parallel.pipeline import EMBEDDING, Pipeline
 from minidsv3.parallel.places import SCHEDULES, chains
 from minidsv3.parallel.processes import run
 from minidsv3.parallel.stage import AddLoss, Stage
+from minidsv3.parallel.torch_stage import TorchStage
 from minidsv3.weight_gradients import DeferredGrouped, DeferredLinear, WeightGradStore
 from tiny import tiny_model, tiny_tokens
 
@@ -141,9 +141,9 @@ def mutated(mutation: str, schedule: str, kind: str) -> list[dict]:
         return many_ranks(schedule, kind, 8, 1)
 
 
-def forget_last_weights(link: Link, chunk: int, last_backward: bool = False) -> None:
-    later = link.dw_runner.pop(chunk)
-    if chunk < link.chunks - 1:
+def forget_last_weights(stage: TorchStage, chunk: int, last_backward: bool = False) -> None:
+    later = stage.dw_runner.pop(chunk)
+    if chunk < stage.chunks - 1:
         later()
 
 
@@ -154,7 +154,7 @@ def labels_not_swapped(pipeline: Pipeline, tokens: Tensor, documents: Tensor | N
 
 
 MUTATIONS = {
-    "a W dropped": (Link, "backward_weight_one_chunk", forget_last_weights),
+    "a W dropped": (TorchStage, "backward_weight_one_chunk", forget_last_weights),
     "labels not swapped": (Pipeline, "_feed", labels_not_swapped),
     "copies not summed": (Pipeline, "_sum_copies", lambda pipeline: None),
     "balance gradient lost": (AddLoss, "backward", staticmethod(lambda ctx, slope: (slope, None))),
@@ -224,7 +224,7 @@ def test_stages_may_be_sharded(schedule, ep):
 
 # ---- work and memory --------------------------------------------------------------------------------------------
 
-def count_products(schedule: str, micro_batches: int, weights: Callable = Link.backward_weight_one_chunk) -> dict:
+def count_products(schedule: str, micro_batches: int, weights: Callable = TorchStage.backward_weight_one_chunk) -> dict:
     """How often input and weight gradients of matrices were computed on this rank."""
     counts = {"dX": 0, "dW": 0}
 
@@ -243,7 +243,7 @@ def count_products(schedule: str, micro_batches: int, weights: Callable = Link.b
     model = model_of("mtp")
     with (patch.object(DeferredLinear, "backward", backward(DeferredLinear.backward)),
           patch.object(DeferredGrouped, "backward", backward(DeferredGrouped.backward)),
-          patch.object(WeightGradStore, "put", put), patch.object(Link, "backward_weight_one_chunk", weights)):
+          patch.object(WeightGradStore, "put", put), patch.object(TorchStage, "backward_weight_one_chunk", weights)):
         pipeline = Pipeline(model.config, schedule, model.state_dict())
         pipeline.step(*batch_of(0, micro_batches), **weights_of("mtp"))
     return counts
@@ -276,27 +276,27 @@ def count_messages(schedule: str, micro_batches: int, like_torch: bool = False) 
         most[kind] = max(most[kind], alive[kind])
         weakref.finalize(message, gone)
 
-    def receive(link: Link, chunk: int, right: Callable) -> list:
-        operations = right(link, chunk)
+    def receive(stage: TorchStage, chunk: int, right: Callable) -> list:
+        operations = right(stage, chunk)
         for operation in operations:
             watch("received", operation.tensor)
         return operations
 
-    def send(link: Link, messages: list, right: Callable = Link._send) -> list:
+    def send(stage: TorchStage, messages: list, right: Callable = TorchStage._send) -> list:
         for message in messages:
             watch("sent", message.tensor)
-        return messages if like_torch else right(link, messages)
+        return messages if like_torch else right(stage, messages)
 
-    def keep(infos: tuple, device: torch.device, right: Callable = Link._move_buffers) -> None:
+    def keep(infos: tuple, device: torch.device, right: Callable = TorchStage._place_buffers) -> None:
         if device.type != "meta":
             right(infos, device)
 
-    forward, backward = Link.get_fwd_recv_ops, Link.get_bwd_recv_ops
+    forward, backward = TorchStage.get_fwd_recv_ops, TorchStage.get_bwd_recv_ops
     model = model_of("dense")
-    with (patch.object(Link, "get_fwd_recv_ops", lambda link, chunk: receive(link, chunk, forward)),
-          patch.object(Link, "get_bwd_recv_ops", lambda link, chunk: receive(link, chunk, backward)),
-          patch.object(Link, "_move_buffers", staticmethod(keep if like_torch else Link._move_buffers)),
-          patch.object(Link, "_send", send)):
+    with (patch.object(TorchStage, "get_fwd_recv_ops", lambda stage, chunk: receive(stage, chunk, forward)),
+          patch.object(TorchStage, "get_bwd_recv_ops", lambda stage, chunk: receive(stage, chunk, backward)),
+          patch.object(TorchStage, "_place_buffers", staticmethod(keep if like_torch else TorchStage._place_buffers)),
+          patch.object(TorchStage, "_send", send)):
         pipeline = Pipeline(model.config, schedule, model.state_dict())
         for step in range(2):
             pipeline.step(tiny_tokens(micro_batches, 5))

@@ -24,8 +24,8 @@ def number(place: Place, chains: Chains) -> int:
     return place.position + (chains.length + 1) * (place.direction == "b")
 
 
-class Link(PipelineStage):
-    """A stage in torch's runtime.
+class TorchStage(PipelineStage):
+    """A `Stage` as torch's runtime takes it. `dw_builder`: see `weight_gradients.py`.
 
     Shapes of what comes in and goes out are given, for `micro_batch` sequences of `length` tokens. Else torch would
     run the stage once to learn them, and tokens that nobody sent would be counted.
@@ -97,20 +97,21 @@ class Link(PipelineStage):
             self._sent.popleft().wait()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[P2POp]:
-        self._move_buffers(self.args_recv_info[fwd_chunk_id], self.device)
+        self._place_buffers(self.args_recv_info[fwd_chunk_id], self.device)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[P2POp]:
-        self._move_buffers(self.grad_recv_info[bwd_chunk_id], self.device)
+        self._place_buffers(self.grad_recv_info[bwd_chunk_id], self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args, **kwargs) -> None:
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         for infos in (self.args_recv_info, self.grad_recv_info):
-            self._move_buffers(infos[bwd_chunk_id], torch.device("meta"))
+            self._place_buffers(infos[bwd_chunk_id], torch.device("meta"))
 
     @staticmethod
-    def _move_buffers(infos: tuple, device: torch.device) -> None:
+    def _place_buffers(infos: tuple, device: torch.device) -> None:
+        """New receive buffers on `device`; on meta they take no memory."""
         for info in infos:
             if getattr(info, "buffer", None) is not None:         # tokens are given, not received
                 gradient = info.buffer.requires_grad              # torch before 2.13 says so here, and only once
