@@ -120,7 +120,6 @@ PICTURES = {
     "products": draw.three_products,
     "errors": lambda: draw.error_curves({"outlier": ("size", {"E4M3": POINTS, "INT8": POINTS[1:]}),
                                          "rows": ("sigma", {"E4M3": [(1, 2.6), (2, 3.0)]})}),
-    "recipes": lambda: draw.by_recipe({"BF16": [1.0, 1.2], "FP8 as in the report": [6.5, 7.0]}, "error, %"),
     "bytes": lambda: draw.stacked_bytes({"BF16": {"a": 2.0, "b": 3.0, "c": 1.0, "d": 1.0, "e": 4.0}, "FP8": {"a": 1.0}},
                                         "KB a token"),
     "training": lambda: training.beside_bf16({"BF16": [3.0, 2.0, 1.5], "FP8": [3.0, 2.1, 1.4]},

@@ -6,7 +6,6 @@ Each takes plain numbers or asks the package, so that a toy, a run and a stored 
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median
 
 import torch
 from matplotlib.patches import Rectangle
@@ -169,24 +168,6 @@ def _plain_ticks(axis, values: Sequence[float]) -> None:
     axis.set_major_locator(FixedLocator([10.0 ** n for n in powers]))
     axis.set_major_formatter(FixedFormatter([f"{10.0 ** n:g}" for n in powers]))
     axis.set_minor_locator(NullLocator())
-
-
-@styled
-def by_recipe(errors: Mapping[str, Sequence[float]], xlabel: str) -> Picture:
-    """One row of points for each name, a point for each seed; the number is their median."""
-    picture = Picture(9.2, 0.9 + 0.42 * len(errors), f"{xlabel}, a row of points for each of {', '.join(errors)}. "
-                      "Compare the rows with the first.", FEW)
-    axes = picture.subplots()
-    most = max(map(max, errors.values()))
-    for i, (name, values) in enumerate(errors.items()):
-        axes.axhline(i, color=GREY, linewidth=0.6, zorder=0)
-        axes.scatter(values, [i] * len(values), s=46, color=BLUE, edgecolor=BLACK, linewidth=0.7)
-        axes.text(1.06 * most, i, f"{median(values):.1f}", va="center", weight="bold",
-                  bbox=dict(facecolor=WHITE, edgecolor="none", pad=1))
-    axes.set(yticks=range(len(errors)), yticklabels=list(errors), xlim=(0, 1.14 * most), xlabel=xlabel,
-             ylim=(len(errors) - 0.5, -0.5))
-    picture.tight_layout()
-    return picture
 
 
 # ---- what waits -----------------------------------------------------------------------------------------------------

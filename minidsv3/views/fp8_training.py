@@ -1,7 +1,7 @@
 """Chapter 04's pictures of training: a run in FP8 beside the same run in BF16, and beside what rounding alone does.
 
-A distance is how far a run's smoothed loss lies above BF16's, in percent of it (report, appendix B). Lines go over steps
-1, 2, .. of equally many tokens; one that is shorter than the others belongs to a run that diverged.
+A distance is how far a run's smoothed loss lies above BF16's, in percent of it (report, appendix B). Lines go over
+steps 1, 2, .. of equally many tokens; one that is shorter than the others belongs to a run that diverged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ FARTHEST = 8                            # bounds that the axis of distances show
 @styled
 def beside_bf16(losses: Mapping[str, Line], apart: Mapping[str, Line], bound: float, step_tokens: int) -> Picture:
     """Above the losses in nats of "BF16", "control" and "FP8"; below the distances of the latter two in percent."""
-    picture = Picture(9.2, 4.4, "Above, smoothed loss over tokens for BF16, FP8 and the control; below, the distance of "
-                      "FP8 and of the control from BF16 in percent. See which of them stays between the lines at "
+    picture = Picture(9.2, 4.4, "Above, smoothed loss over tokens for BF16, FP8 and the control; below, the distance "
+                      "of FP8 and of the control from BF16 in percent. See which of them stays between the lines at "
                       f"+-{bound:g} percent, which stand where it counts, over the last half.", FEW)
     above, below = picture.subplots(2, 1, sharex=True, height_ratios=(1, 1.4))
     for axes, lines in ((above, losses), (below, apart)):
@@ -67,7 +67,7 @@ def _draw(axes: Axes, line: Line, step_tokens: int, look: str, label: str | None
 
 
 def _frame(panels: Mapping[Axes, Sequence[Line]], bound: float, step_tokens: int) -> None:
-    """Axes of tokens and of distances, with the bounds over the last half of the steps, and a cross where a run diverged.
+    """Axes of tokens and of distances, with the bounds over the last half of the steps; a cross where a run diverged.
 
     Distances are shown up to the largest after the first quarter, and up to FARTHEST bounds, so that neither the first
     steps nor a run that diverges makes all others flat.
