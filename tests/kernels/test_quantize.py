@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from compare import assert_alike
 from minidsv3.kernels import (dequantize_blocks, quantize_blocks, quantize_blocks_reference, quantize_columns,
                               quantize_columns_reference, quantize_tiles, quantize_tiles_reference, use_kernels)
-from minidsv3.kernels.backend import INTERPRETED
+from minidsv3.kernels.backend import INTERPRETED, tl, triton
 from minidsv3.kernels.fp8_gemm import dequantize_tiles
-from minidsv3.kernels.quantize import LEAST, TINY
+from minidsv3.kernels.quantize import LEAST, TINY, divided
 from mutated import mutated
 
 CHOICES = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"))]
@@ -142,6 +143,8 @@ def test_the_largest_floats_do_not_overflow(kernels):
 
 # ---- the kernel's division ----------------------------------------------------------------------------------------
 
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+
 def close_to_the_middles(rows: int, exponents: float = 20) -> torch.Tensor:
     """Values whose quotient is the middle between two codes, or the next float to it, for scales of random sizes: there
     the last bit of the division decides on the code."""
@@ -154,7 +157,7 @@ def close_to_the_middles(rows: int, exponents: float = 20) -> torch.Tensor:
     return x
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interpreted
 @pytest.mark.parametrize("pow2", [False, True])
 def test_codes_next_to_the_middles_are_those_of_an_exact_division(pow2):
     x = close_to_the_middles(256)
@@ -164,11 +167,57 @@ def test_codes_next_to_the_middles_are_those_of_an_exact_division(pow2):
         assert_alike(list(quantize_blocks(x, pow2)), list(quantize_blocks_reference(x, pow2)), 0)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+def all_quotients(dtype: torch.dtype) -> torch.Tensor:
+    """[128, tiles of 128]: each row has another largest magnitude; its tiles hold every mantissa of `dtype` at all
+    exponents that are not rounded to 0. In BF16 these are all quotients that there are, and rows have all mantissas."""
+    bits = {torch.bfloat16: 7, torch.float16: 10}[dtype]
+    mantissas = torch.arange(2 ** bits, 2 ** (bits + 1)) / 2 ** bits
+    x = (mantissas * torch.exp2(-torch.arange(19)[:, None])).flatten()[None]
+    amax = mantissas[::2 ** bits // 128, None] * (1 + 2.0 ** -bits * (bits > 7))
+    x = F.pad(torch.minimum(x.expand(128, -1), amax), (0, -x.shape[1] % 127)).unflatten(1, (-1, 127))
+    return torch.cat([x, amax[:, None].expand(-1, x.shape[1], 1)], 2).flatten(1).to(dtype)
+
+
+def exact_for_all_quotients(quantize, dtype: torch.dtype) -> bool:
+    x = all_quotients(dtype)
+    with use_kernels("triton"):
+        return all(torch.equal(a.float(), b.float()) for a, b in zip(quantize(x), quantize_tiles_reference(x)))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_two_instructions_divide_every_value_of_16_bits(dtype):
+    assert exact_for_all_quotients(quantize_tiles, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("right, wrong, exact", [
+    ("inverse = 1 / scale\n", "inverse = 1 / scale * (1 + 2.0 ** -22)\n", True),     # as near as a GPU's inverse
+    ("inverse = 1 / scale\n", "inverse = 1 / scale * (1 - 2.0 ** -22)\n", True),
+    ("divided(x.to(tl.float32), scale, inverse)", "(x.to(tl.float32) * inverse)", False)])
+def test_they_need_no_exact_inverse_but_one_is_too_few(right, wrong, exact, tmp_path):
+    assert exact_for_all_quotients(mutated("quantize", right, wrong, tmp_path).quantize_tiles, torch.bfloat16) == exact
+
+
+@triton.jit
+def _over_448(X, Y, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(Y + at, divided(tl.load(X + at), 448.0, 1 / 448))
+
+
+@interpreted
+def test_they_divide_every_magnitude_by_448():
+    x = torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).view(torch.float32)      # [1, 2), all 2^23 of them
+    y = torch.empty_like(x)
+    _over_448[(8,)](x, y, 2 ** 20)
+    assert torch.equal(y, x / torch.tensor(448.0)) and not torch.equal(x * torch.tensor(1 / 448), y)
+
+
+@interpreted
 @pytest.mark.parametrize("right, wrong", [
-    ("divided(x, scale, inverse)", "(x * inverse)"),                        # a product with the inverse, as some do
-    ("amax, least), 448.0", "amax, 1e-5), 448.0"), ("bitcast=True) + 0x7FFFFF", "bitcast=True)"),
-    ("448.0, 1 / 448", "240.0, 1 / 240"), ("tl.where(finite, scale", "tl.where(True, scale"),
+    ("divided_exactly(x, scale, divided_exactly(1.0, scale, inverse))", "(x * inverse)"),
+    ("0.0), least), 448.0", "0.0), 1e-5), 448.0"), ("bitcast=True) + 0x7FFFFF", "bitcast=True)"),
+    ("448.0, 1 / 448)\n", "240.0, 1 / 240)\n"), ("tl.where(finite, scale", "tl.where(True, scale"),
     ("x.to(tl.int32, bitcast=True) & 0x7FFFFFFF", "x.to(tl.int32, bitcast=True)"),
 ])
 def test_these_tests_see_a_wrong_kernel(right, wrong, tmp_path):
