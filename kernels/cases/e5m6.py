@@ -42,8 +42,8 @@ def _ties(dtype: torch.dtype) -> tuple:
 
 
 CASES = {"7 x 200": _spread(7, 200), "33 x 259": _spread(33, 259), "one column": _spread(70, 1),
-         "one row": _spread(1, 384), "half a tile": _spread(5, 66), "view": _view, "odd tiles": _odd_tiles, "ties": _ties,
-         "no rows": _spread(0, 40)}
+         "one row": _spread(1, 384), "half a tile": _spread(5, 66), "view": _view, "odd tiles": _odd_tiles,
+         "ties": _ties, "no rows": _spread(0, 40)}
 SHAPES = ((4096, 16384), (16384, 16384))
 
 
