@@ -68,16 +68,17 @@ def _quantize(x: Tensor, rows: int, columns: int, pow2: bool, least: float) -> t
 
 @triton.jit
 def divided(x, y, inverse):
-    """x / y from an approximate 1 / y, by which x is multiplied, and by what it lacks. The sum is off by 2^-43 before
-    it is rounded: of x in 16 bits no quotient is so close to where its code changes, nor is amax / 448 to the middle
-    of two floats. A GPU's own exact division computes the inverse anew for every x, and its `/` is not exact."""
+    """x / y from an approximate 1 / y: x is multiplied by it and by what it lacks, and the sum is off by 2^-43 before
+    it is rounded. For x of 16 bits that gives the codes of an exact division, and amax / 448 is exact: the tests try
+    all there are. A GPU's own exact division computes the inverse anew for every x, and its `/` is not exact."""
     rest = inverse * tl.fma(inverse, -y, 1.0)
     return tl.fma(x, inverse, x * rest)
 
 
 @triton.jit
 def divided_exactly(x, y, inverse):
-    """x / y as IEEE division rounds it, for any x: two steps of Markstein's correction."""
+    """x / y as IEEE division rounds it: two steps of Markstein's correction, which need 1 / y to the last bit. (His
+    theorem leaves out one mantissa of y, all ones.)"""
     quotient = x * inverse
     quotient = tl.fma(tl.fma(quotient, -y, x), inverse, quotient)
     return tl.fma(tl.fma(quotient, -y, x), inverse, quotient)

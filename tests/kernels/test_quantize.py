@@ -178,16 +178,20 @@ def all_quotients(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([x, amax[:, None].expand(-1, x.shape[1], 1)], 2).flatten(1).to(dtype)
 
 
-def exact_for_all_quotients(quantize, dtype: torch.dtype) -> bool:
-    x = all_quotients(dtype)
+def exact_for_all_quotients(quantize, dtype: torch.dtype, factor: float = 1.0, least: float = LEAST) -> bool:
+    x = all_quotients(dtype) * factor
     with use_kernels("triton"):
-        return all(torch.equal(a.float(), b.float()) for a, b in zip(quantize(x), quantize_tiles_reference(x)))
+        pairs = zip(quantize(x, False, least), quantize_tiles_reference(x, False, least))
+        return all(torch.equal(ours.float(), theirs.float()) for ours, theirs in pairs)
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_two_instructions_divide_every_value_of_16_bits(dtype):
-    assert exact_for_all_quotients(quantize_tiles, dtype)
+@pytest.mark.parametrize("dtype, factor, least", [
+    (torch.bfloat16, 1.0, LEAST), (torch.float16, 1.0, LEAST),
+    (torch.bfloat16, 2.0 ** -14, LEAST), (torch.bfloat16, 2.0 ** -81, TINY),        # some, or all, on the floor
+    (torch.bfloat16, 2.0 ** 127, LEAST)])                                       # what the inverse lacks is subnormal
+def test_two_instructions_divide_every_value_of_16_bits(dtype, factor, least):
+    assert exact_for_all_quotients(quantize_tiles, dtype, factor, least)
 
 
 @interpreted
