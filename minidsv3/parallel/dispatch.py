@@ -152,6 +152,7 @@ def fan_out(tokens: Tokens, members: int, experts: int) -> tuple[Tokens, Permuta
     home = torch.where(tokens.experts < 0, nowhere, tokens.experts // experts)                             # [N, k]
     visits = torch.zeros(len(home), members + 1, dtype=torch.bool, device=device).scatter_(1, home, True)[:, :members]
     slots = int(F.pad(visits.sum(1), (0, 1), value=1).max())                       # the most copies that a token has
+    # [N, slots]: the members that a token goes to, ascending, then `nowhere`
     goals = torch.where(visits, torch.arange(members, device=device), nowhere).sort(1).values[:, :slots]
     order = sort_by_expert(goals, torch.bincount(goals.flatten(), minlength=members + 1))
     sources = order.sources[:int(order.ends[-2])]

@@ -37,7 +37,8 @@ def split(config: ModelConfig, stages: int) -> list[range]:
     if not 1 <= stages <= layers:
         raise ValueError(f"{layers} layers cannot be cut into {stages} stages; every stage needs at least one layer")
     share = (1 + layers + 1 + config.num_nextn_predict_layers) / stages
-    cuts = [min(max(round(share * stage) - 1, stage), layers - (stages - stage)) for stage in range(1, stages)]
+    cuts = [min(max(round(share * stage) - 1, stage), layers - (stages - stage))     # - 1: the embedding is no layer
+            for stage in range(1, stages)]
     return [range(start, stop) for start, stop in zip([0, *cuts], [*cuts, layers])]
 
 
@@ -80,6 +81,7 @@ class Stage(Transformer):
 
     @property
     def _ahead(self) -> range:
+        """The numbers of the MTP modules' layers, if they are here."""
         main = self.config.num_hidden_layers
         return range(main, main + self.config.num_nextn_predict_layers * self.last)
 
@@ -101,7 +103,7 @@ class Stage(Transformer):
         return slice(start, stop + len(self._ahead))
 
     def begin_step(self, objective: Objective) -> None:
-        """Sets this step's weights, and the sums over its micro-batches to zero."""
+        """Sets how much this step's losses count, and its sums over micro-batches to zero."""
         device = next(self.parameters()).device
         rows = self.load_rows.stop - self.load_rows.start
         self.objective = objective

@@ -70,18 +70,19 @@ def process_group(device: str, timeout: float) -> Iterator[str]:
 class ParallelRun(Run):
     """This rank's part of a run: a `Run` whose parameters are shards.
 
-    Every rank draws all initial weights, as one process does, and keeps its own. Raises ValueError for a layout that
-    does not fit the model or the batch.
+    Every rank draws all initial weights, as one process does, and keeps its own: a seed means the same model in every
+    layout. Raises ValueError for a layout that does not fit the model or the batch.
     """
 
     def __init__(self, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, spread: Spread, device: str = "cpu"):
         ranks = dist.get_world_size()
         if ranks % spread.pp:
             raise ValueError(f"pp is {spread.pp} and there are {ranks} ranks; pp must divide their number")
-        self.spread, self.device, self.ema_device, self.leads = spread, device, device, dist.get_rank() == 0
+        self.spread, self.leads = spread, dist.get_rank() == 0
+        self.device = self.ema_device = device
         self.mesh = make_mesh(spread.pp, ranks // spread.pp, spread.ep, spread.nodes)
         self.micro_batch = largest_micro_batch(config, spread, ranks)
-        super().__init__(config, corpus, tokenizer)
+        super().__init__(config, corpus, tokenizer)          # calls `build_model`, which needs all of these
 
     def build_model(self) -> nn.Module:
         """This rank's stages."""
