@@ -110,15 +110,18 @@ def apart(lines: list[dict], others: list[dict], *names: str) -> float:
 
 def test_steps_in_fp8_stay_near_those_of_one_process(corpus, lines_of_one):
     """Experts on two ranks round two sums for each token to BF16 where one process rounds one. That moves codes behind
-    them, and losses by 2e-4; FP8 itself moves them by 3e-3. If these sums are not rounded, losses are the same at
-    first. Weights move otherwise even then, because an expert's tokens of both ranks share tiles along tokens: the
-    gradient's norm differs by 5e-3."""
+    them, and losses of the first step by up to 2.5e-4 (six seeds); FP8 itself moves this one by 3e-3. If these sums are
+    not rounded, losses are the same at first. Weights move otherwise even then, because an expert's tokens of both
+    ranks share tiles along tokens. The last bit of any sum decides which codes move, and three steps carry that on: to
+    1e-3 of the losses and 1.4e-2 of the norm with the worst of the seeds. Codes that stay those of the first weights
+    are 5e-2 and 0.7 away."""
     one, one_unrounded = steps_in_fp8(corpus, (3, None, unpermute), (1, None, sum_in_fp32))
     plain, wire = (Spread(pp=2, ep=2, schedule="dualpipe", payload=payload) for payload in (None, "fp8"))
     for found, on_the_wire, unrounded in run(steps_in_fp8, 4, corpus, (3, plain, unpermute), (1, wire, unpermute),
                                              (1, plain, sum_in_fp32), timeout=100):
-        assert apart(found, one, "loss", "mtp") < 5e-4 < apart(lines_of_one[:1], one[:1], "loss")
-        assert apart(found, one, "balance", "grad_norm") < 1e-2
+        assert apart(found[:1], one[:1], "loss", "mtp") < 5e-4 < apart(lines_of_one[:1], one[:1], "loss")
+        assert apart(found, one, "loss", "mtp") < 2e-3
+        assert apart(found, one, "balance", "grad_norm") < 3e-2
         assert apart(unrounded, one_unrounded, "loss", "mtp", "balance") < 1e-6
         assert apart(on_the_wire, found[:1], "loss", "mtp", "balance", "grad_norm") < 1e-6     # the same codes
 
