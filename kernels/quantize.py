@@ -173,8 +173,10 @@ def store_columns(Q, S, x, tile, column, rows, width, least,
 def side_by_side(x):
     """x itself, but neighbours along its last axis lie in neighbouring registers of a thread: what rounds them packs
     them into one word, and no byte has to be moved after."""
-    left, right = tl.split(x.reshape(x.shape[0], x.shape[1], x.shape[2] // 2, 2))
-    return tl.join(left, right).reshape(x.shape)
+    if x.shape[2] > 1:
+        left, right = tl.split(x.reshape(x.shape[0], x.shape[1], x.shape[2] // 2, 2))
+        x = tl.join(left, right).reshape(x.shape)
+    return x
 
 
 @triton.jit
@@ -267,13 +269,13 @@ def _quantize_columns(x: Tensor, pow2: bool, least: float) -> tuple[Tensor, Tens
     if x.numel():
         grid = (len(scales), triton.cdiv(x.shape[1], COLUMNS))
         _columns[grid](x, codes, scales, *x.stride(), *x.shape, least, pow2, TILE, COLUMNS,
-                       rows_held(COLUMNS, COLUMN_WARPS), num_warps=COLUMN_WARPS)
+                       rows_held(COLUMNS, COLUMN_WARPS, x.element_size()), num_warps=COLUMN_WARPS)
     return codes, scales
 
 
-def rows_held(columns: int, warps: int) -> int:
-    """Of how many of a tile's rows a thread holds values, if it reads 16 bytes, 8 values of 16 bits, at once."""
-    return TILE * columns // 8 // (32 * warps)
+def rows_held(columns: int, warps: int, size: int) -> int:
+    """Of how many of a tile's rows a thread holds values of `size` bytes, if it reads 16 bytes at once."""
+    return max(TILE * columns // (16 // size) // (32 * warps), 1)
 
 
 @torch.library.custom_op("minidsv3::quantize_blocks", mutates_args=())

@@ -141,7 +141,7 @@ def _swiglu_quantize_backward(gate: Tensor, up: Tensor, slope: Tensor, pow2: boo
         gate_scales, up_scales = (x if x is None else x.contiguous() for x in (gate_scales, up_scales))
         _backward[grid](gate, up, slope, gate_scales, up_scales, d_gate, d_up, codes, scales, *gate.stride(),
                         *up.stride(), *slope.stride(), *gate.shape, LEAST, pow2, TILE, COLUMNS,
-                        rows_held(COLUMNS, WARPS), num_warps=WARPS)
+                        rows_held(COLUMNS, WARPS, gate.element_size()), num_warps=WARPS)
     return d_gate, d_up, codes, scales
 
 
