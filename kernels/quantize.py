@@ -204,7 +204,7 @@ def quantize_tiles(x: Tensor, pow2: bool = False, least: float = LEAST) -> tuple
 
     Raises ValueError if x is not a matrix of floats of 16 bits or more, or if `least` is below `TINY`.
     """
-    _check(x, "quantize_tiles", x.dim() == 2, "[M, K]", least)
+    check_matrix(x, "quantize_tiles", least)
     return (_quantize_tiles if uses_triton(x) else quantize_tiles_reference)(x.detach(), pow2, least)
 
 
@@ -214,7 +214,7 @@ def quantize_columns(x: Tensor, pow2: bool = False, least: float = LEAST) -> tup
     The codes are x's transpose, contiguous: the weight gradient sums over tokens, and Hopper's tensor cores take FP8
     only with the summed axis innermost. So this is `quantize_tiles(x.T)` in one pass. Raises ValueError as it does.
     """
-    _check(x, "quantize_columns", x.dim() == 2, "[M, K]", least)
+    check_matrix(x, "quantize_columns", least)
     return (_quantize_columns if uses_triton(x) else quantize_columns_reference)(x.detach(), pow2, least)
 
 
@@ -242,12 +242,17 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.
     return dequantize_blocks_reference(codes, scales, dtype)
 
 
-def _check(x: Tensor, name: str, right: bool, shape: str, least: float = LEAST) -> None:
+def check_matrix(x: Tensor, name: str, least: float) -> None:
+    """Raises ValueError if `name` cannot take x or `least`."""
+    _check(x, name, x.dim() == 2, "[M, K]")
+    if not least >= TINY:
+        raise ValueError(f"{name} got least {least}; it must be at least {TINY}, or scales are not normal floats")
+
+
+def _check(x: Tensor, name: str, right: bool, shape: str) -> None:
     if not right or x.dtype not in (*FLOATS[:3], torch.float64):
         raise ValueError(f"{name} got {list(x.shape)} {x.dtype}; "
                          f"it takes {shape} in float32, bfloat16, float16 or float64")
-    if not least >= TINY:
-        raise ValueError(f"{name} got least {least}; it must be at least {TINY}, or scales are not normal floats")
 
 
 ROWS = 32                      # rows of 1 x 128 tiles that one program takes

@@ -8,7 +8,7 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     rms_norm.OPERATION, rope.OPERATION, swiglu.OPERATION, weighted_swiglu.OPERATION,
     route.OPERATION, permute.SORT, permute.PERMUTE, permute.PERMUTE_TILES, permute.UNPERMUTE, grouped_gemm.OPERATION,
     mla_attention.OPERATION, mla_decode.OPERATION, cross_entropy.OPERATION, cross_entropy.LINEAR,
-    quantize.TILES, quantize.COLUMNS, quantize.BLOCKS, quantize.DEQUANTIZE,
+    quantize.TILES, quantize.COLUMNS, quantize.BOTH, quantize.BLOCKS, quantize.DEQUANTIZE,
     e5m6.QUANTIZE, e5m6.DEQUANTIZE,
     swiglu_quantize.OPERATION, swiglu_quantize.BACKWARD,
     fp8_gemm.OPERATION, fp8_gemm.WGRAD, fp8_grouped_gemm.OPERATION, fp8_grouped_gemm.WGRAD)}
