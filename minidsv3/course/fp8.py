@@ -344,10 +344,9 @@ def promote_reference(products: Tensor, every: int) -> Tensor:
 def promote_solution(products, every, emptied=True, wide=True):
     total = short = torch.zeros(len(products))
     for start in range(0, products.shape[1], 32):
-        partial_sum = add_short(products[:, start:start + 32])
-        short = add_short(torch.stack([short, partial_sum], 1))
+        short = add_short(short, products[:, start:start + 32])
         if (start + 32) % every == 0:
-            total = total + short if wide else add_short(torch.stack([total, short], 1))
+            total = total + short if wide else add_short(total, short[:, None])
             short = torch.zeros_like(short) if emptied else short
     return total + short
 
@@ -380,20 +379,18 @@ def long_sums(source: random.Random) -> dict[str, tuple]:
 PROMOTE = Exercise(
     id="4.5", title="Promotion", stars=2, minutes=20,
     why="one line of a kernel decides whether a long sum keeps 14 bits or 24",
-    statement="Return the sum of each row of `products`, as a tensor core with promotion adds it. `add_short` of "
-              "`minidsv3.accumulate` adds numbers along the last axis and keeps 14 bits. The core takes 32 products "
-              "at a time, adds them, and adds their sum to its short accumulator (`add_short` both times). After "
-              "every `every` products the accumulator is added to a sum in FP32 (an ordinary `+`) and begins again "
-              "at zero. What is left at the end is added as well.",
+    statement="Return the sum of each row of `products`, as a tensor core with promotion adds it. The core takes 32 "
+              "products at a time: `add_short(short, products)` of `minidsv3.accumulate` adds them to the short "
+              "accumulator `short` and keeps 14 bits. After every `every` products the accumulator is added to a sum "
+              "in FP32 (an ordinary `+`) and begins again at zero. What is left at the end is added as well.",
     stub="""def promoted(products, every):
     \"\"\"products [rows, K] in FP32, every: a multiple of 32. Returns [rows].\"\"\"
     raise NotImplementedError
 """,
     hints=("Two sums live side by side, a short one and a wide one. What must happen to the short one when it is added "
            "to the wide one?",
-           "For each 32: `part = add_short(products[:, start:start + 32])`, `short = add_short(torch.stack([short, "
-           "part], 1))`. If `(start + 32) % every == 0`: `total = total + short`, `short = zeros`. Return "
-           "`total + short`."),
+           "For each 32: `short = add_short(short, products[:, start:start + 32])`. If `(start + 32) % every == 0`: "
+           "`total = total + short`, `short = zeros`. Return `total + short`."),
     reference=promote_reference, solution=promote_solution, cases=long_sums,
     wrong={
         "not emptied": (promote_without_emptying,
