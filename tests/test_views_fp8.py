@@ -189,6 +189,13 @@ def test_a_run_that_diverged_has_a_cross_where_it_ended(steps, side):
     assert "diverged" not in words_of(whole) and short.get_xlim() == (1000, 8000)
 
 
+def test_every_column_has_its_tokens_and_the_last_one_says_the_bounds():
+    """Five panels in rows of three: the sixth is empty."""
+    panels = distances(*[[0.1] * 8] * 5).axes[:5]
+    assert [bool(axes.get_xlabel()) for axes in panels] == [False, False, True, True, True]
+    assert [len(words_of(axes)) for axes in panels] == [0, 0, 2, 0, 0]
+
+
 def test_of_a_long_line_some_points_are_drawn():
     (axes,) = training.one_by_one({"way": [[0.1] * 1832]}, [[0.1] * 1832], 0.25, 1).axes
     assert 150 <= len(axes.lines[0].get_xdata()) < 165

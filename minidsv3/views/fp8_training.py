@@ -52,7 +52,7 @@ def one_by_one(apart: Mapping[str, Sequence[Line]], control: Sequence[Line], bou
             for i, line in enumerate(each):
                 _draw(axes, line, step_tokens, look, None if i else look)
         axes.set_title(name, loc="left", fontsize=11)
-    _frame(dict(zip(panels.flat, ([*control, *lines] for lines in apart.values()))), bound, step_tokens)
+    _frame(dict(zip(panels.flat, ([*control, *lines] for lines in apart.values()))), bound, step_tokens, columns)
     picture.supylabel("loss above BF16's, %", fontsize=11)
     panels[0, 0].legend(frameon=False, loc="upper left", ncols=2, borderpad=0)
     picture.tight_layout()
@@ -66,7 +66,7 @@ def _draw(axes: Axes, line: Line, step_tokens: int, look: str, label: str | None
               linestyle=dashes, linewidth=1.3, label=label)
 
 
-def _frame(panels: Mapping[Axes, Sequence[Line]], bound: float, step_tokens: int) -> None:
+def _frame(panels: Mapping[Axes, Sequence[Line]], bound: float, step_tokens: int, columns: int = 1) -> None:
     """Axes of tokens and of distances, with the bounds over the last half of the steps; a cross where a run diverged.
 
     Distances are shown up to the largest after the first quarter, and up to FARTHEST bounds, so that neither the first
@@ -76,7 +76,7 @@ def _frame(panels: Mapping[Axes, Sequence[Line]], bound: float, step_tokens: int
     settled = max(abs(distance) for lines in panels.values() for line in lines for distance in line[steps // 4:] or [0])
     most = min(max(1.1 * settled, 1.5 * bound), FARTHEST * bound)
     half, end = step_tokens * steps / 2, step_tokens * steps
-    for axes, lines in panels.items():
+    for i, (axes, lines) in enumerate(panels.items()):
         axes.axhline(0, color=DARK, linewidth=0.8, zorder=0)
         axes.hlines((-bound, bound), half, end, color=BLACK, linewidth=1.6)
         for line in lines:
@@ -87,8 +87,9 @@ def _frame(panels: Mapping[Axes, Sequence[Line]], bound: float, step_tokens: int
         axes.set(ylim=(-most, most), xlim=(step_tokens, end))
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(5 if len(panels) > 1 else 8))
-        if axes.get_subplotspec().is_last_row():
+        if i + columns >= len(panels):              # nothing stands below
             axes.set_xlabel("tokens")
-        if axes.get_subplotspec().is_last_col():
+            axes.tick_params(labelbottom=True)
+        if (i + 1) % columns == 0:                  # nothing beside
             for level, words in ((bound, f"+{bound:g} %"), (-bound, f"\u2212{bound:g} %")):
                 axes.text(1.01, level, words, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
