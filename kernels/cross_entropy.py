@@ -147,7 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for h, target, w, dh in zip(*(t.split(rows) for t in (hidden, targets, token_weights)),
                                         grad_hidden.split(rows) if learns else [None] * len(hidden)):
                 loss, slope = _loss_and_slope(h @ weight.t(), target, w, learns)
-                total += loss
+                total = total + loss     # torch 2.11 compiles `+=` on what is returned to a gradient of zero
                 if learns:
                     torch.mm(slope, weight, out=dh)
                     grad_weight += slope.t() @ h
