@@ -19,11 +19,13 @@ from torch import nn
 
 from .attention import MLA
 from .block import Block
-from .fp8_ablations import Ablated
+from .formats import E4M3, E5M2
+from .fp8_ablations import Ablated, OneScale, Unpromoted
 from .fp8_attention import FP8MLA
 from .fp8_ffn import FP8MLP, FP8Experts
 from .fp8_linear import FP8Linear, WeightCodes
 from .fp8_products import Products
+from .kernels.quantize import TILE
 from .layers import Linear
 from .moe import MLP, Experts, Router
 from .recompute import RecomputedNorm, RecomputedRouter
@@ -34,32 +36,40 @@ __all__ = ["FP8Linear", "FP8Recipe", "to_fp8"]
 @dataclass(frozen=True, kw_only=True)
 class FP8Recipe:
     """How tensors are quantised and products added. The defaults are the report's; what else there is, its ablations
-    (appendix B) and the hybrid format of others, is emulated: see `fp8_ablations.py`.
+    (appendix B) and the hybrid format of others, is in `fp8_ablations.py`.
 
-    Raises ValueError for unknown words, and for leaving out promotion where scales change within a sum.
+    Raises ValueError for unknown words, and for choices that exclude each other.
     """
 
-    pow2: bool = False                                      # all scales powers of two, not only those that must be
-    gradient: Literal["e4m3", "e5m2"] = "e4m3"              # format of the gradients of activations
-    gradient_blocks: bool = False                           # these in 128 x 128: diverged at 16 B (appendix B.2)
-    scales: Literal["tiles", "rows", "tensor"] = "tiles"    # one scale for 128 of a sum, a whole sum, a whole tensor
-    promote: bool = True                                    # FP32 sums each 128; False: the tensor core's own 14 bits
+    pow2: bool = False                              # all scales powers of two, not only those that must be
+    gradient: Literal["e4m3", "e5m2"] = "e4m3"      # format of the gradients of activations
+    gradient_blocks: bool = False                   # these in 128 x 128: diverged at 16 B (appendix B.2)
+    scales: Literal["tiles", "tensor"] = "tiles"    # one scale for 128 of a sum, or for a whole tensor
+    promote: bool = True                            # FP32 sums each 128; False: the tensor core's own 14 bits
 
     def __post_init__(self):
-        for name, choices in {"gradient": ("e4m3", "e5m2"), "scales": ("tiles", "rows", "tensor")}.items():
+        for name, choices in {"gradient": ("e4m3", "e5m2"), "scales": ("tiles", "tensor")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         if not self.promote and self.scales == "tiles":
             raise ValueError("promote is False and scales are 'tiles'; scales that change within a sum are applied "
-                             "outside of the tensor cores, which is promotion: choose 'rows' or 'tensor'")
-        if self.gradient_blocks and self.scales != "tiles":
-            raise ValueError(f"gradient_blocks is True and scales are {self.scales!r}; blocks replace tiles")
+                             "outside of the tensor cores, which is promotion: choose 'tensor'")
+        if not self.promote and self.gradient == "e5m2":
+            raise ValueError("promote is False and gradient is 'e5m2'; experts' products without promotion take E4M3 "
+                             "alone: choose 'e4m3'")
+        if self.gradient_blocks and self.scales == "tensor":
+            raise ValueError("gradient_blocks is True and scales are 'tensor'; blocks replace tiles: choose 'tiles'")
 
     def products(self) -> Products:
         """What takes the products."""
-        if self == FP8Recipe(pow2=self.pow2):
-            return Products(self.pow2)
-        return Ablated(self.pow2, self.gradient, self.gradient_blocks, self.scales, self.promote)
+        gradient = {"e4m3": E4M3, "e5m2": E5M2}[self.gradient]
+        if not self.promote:
+            return Unpromoted(self.pow2)
+        if self.scales == "tensor":
+            return OneScale(self.pow2, gradient)
+        if self.gradient_blocks:
+            return Ablated(self.pow2, gradient, (TILE, TILE))
+        return Ablated(self.pow2, gradient, (1, TILE)) if gradient is E5M2 else Products(self.pow2)
 
 
 def to_fp8(model: nn.Module, recipe: FP8Recipe = FP8Recipe()) -> nn.Module:

@@ -2,14 +2,17 @@
 
 import random
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from minidsv3 import ModelConfig, Transformer, fp8_ffn, fp8_linear, fp8_products, train
+from minidsv3 import ModelConfig, Transformer, fp8_ablations, fp8_ffn, fp8_linear, fp8_products, train
 from minidsv3.attention import LatentCache
+from minidsv3.formats import E4M3
 from minidsv3.fp8 import FP8Linear, FP8Recipe, to_fp8
+from minidsv3.fp8_ablations import Ablated
 from minidsv3.fp8_linear import WeightCodes
 from minidsv3.fp8_products import Operand, Products, WeightOperands
 from minidsv3.kernels import Routing, quantize_blocks, use_kernels
@@ -67,20 +70,29 @@ def test_values_and_gradients_stay_within_what_rounding_can_do(tokens, inputs, o
         assert ((got - want).abs() <= bound).all()
 
 
-def by_hand(x: Tensor, weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Tiles(NamedTuple):
+    """Rows and columns that share a scale."""
+    x: tuple[int, int] = (1, 128)
+    slope: tuple[int, int] = (1, 128)
+    weight: tuple[int, int] = (128, 128)
+
+
+def by_hand(x: Tensor, weight: Tensor, slope: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
     """The three products of dequantised values in float64."""
-    w = fake(weight, 128, 128)
-    return (fake(x, 1, 128) @ w.T, fake(slope, 1, 128) @ w, fake(slope, 128, 1).T @ fake(x, 128, 1))
+    w = fake(weight, *tiles.weight)
+    return (fake(x, *tiles.x) @ w.T, fake(slope, *tiles.slope) @ w,
+            fake(slope.T, *tiles.slope) @ fake(x.T, *tiles.x).T)
 
 
-def is_by_hand(tokens: int = 256, inputs: int = 256, outputs: int = 256, products: Products | None = None) -> bool:
+def is_by_hand(tokens: int = 256, inputs: int = 256, outputs: int = 256, products: Products | None = None,
+               tiles: Tiles = Tiles()) -> bool:
     """Whether the package's products are those: but for the last rounding, to BF16 or of FP32 sums. The sides are
     taken apart by products of theirs with very different scales."""
     x, weight, slope = spread(tokens, inputs), spread(outputs, inputs), spread(tokens, outputs).bfloat16()
     found = three_products(fp8_linear_of(weight, products), x, slope)
-    sizes = by_hand(x.abs(), weight.abs(), slope.abs())
+    sizes = by_hand(x.abs(), weight.abs(), slope.abs(), tiles)
     return all(bool(((got.double() - want).abs() <= last * want.abs() + 1e-6 * size).all())
-               for got, want, size, last in zip(found, by_hand(x, weight, slope), sizes, (2**-8, 2**-8, 0)))
+               for got, want, size, last in zip(found, by_hand(x, weight, slope, tiles), sizes, (2**-8, 2**-8, 0)))
 
 
 @SIZES
@@ -111,15 +123,6 @@ def test_the_comparison_sees_a_wrong_scale(monkeypatch, name, fault):
     monkeypatch.setattr(Products, name, fault)
     with pytest.raises(AssertionError):
         test_products_are_those_of_the_dequantised_values(256, 256, 256)
-
-
-def test_promotion_is_seen():
-    """14 bits instead of FP32 sums, both with one scale for a whole sum: of 4096 tokens in the weight gradient."""
-    x, weight, slope = torch.randn(4096, 16), torch.randn(16, 16), torch.randn(4096, 16).bfloat16()
-    exact = fake(slope, 4096, 1).T @ fake(x, 4096, 1)
-    errors = [((three_products(fp8_linear_of(weight, FP8Recipe(scales="rows", promote=promote).products()), x, slope)[2]
-                - exact).abs().max() / exact.abs().max()).item() for promote in (True, False)]
-    assert errors[0] < 1e-6 and errors[1] > 1e-4
 
 
 def test_several_matrices_of_one_input_are_several_linears():
@@ -223,9 +226,9 @@ def experts_by_hand(experts: Experts, x: Tensor, routing: Routing, slope: Tensor
         gate, up = fake(gate, 1, 128), fake(up, 1, 128)
         s = gate.sigmoid()
         hidden, d_hidden = gate * s * up, rounded(dy @ w_down)
-        d_gate, d_up = rounded(factor * d_hidden * up * (s + gate * s * (1 - s))), rounded(d_hidden * gate * s)
-        d_gate_up = torch.cat((d_gate, rounded(rounded(factor) * d_up)), -1)
-        found["d_weights"][token, slot] = (up * d_up).sum(-1)
+        d_gate, d_up = d_hidden * up * (s + gate * s * (1 - s)), d_hidden * gate * s
+        d_gate_up = rounded(factor * torch.cat((d_gate, d_up), -1))
+        found["d_weights"][token, slot] = (hidden * d_hidden).sum(-1)
         found["d_down"][expert] = fake(dy, 128, 1, True).T @ fake(factor * hidden, 128, 1)
         found["d_gate_up"][expert] = fake(d_gate_up, 128, 1).T @ fake(x[token], 128, 1, True)
         found["dx"].index_add_(0, token, fake(d_gate_up, 1, 128) @ w_gate_up)
@@ -391,17 +394,49 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 # ---- ablations ------------------------------------------------------------------------------------------------------
 
-def test_the_emulated_recipe_with_the_reports_choices_is_the_report_s(monkeypatch):
+def test_the_ablations_quantiser_with_the_reports_tiles_is_the_reports(monkeypatch):
     want = gradients(to_fp8(tiny_model(dtype=torch.float32)))
-    monkeypatch.setattr(FP8Recipe, "__eq__", lambda self, other: False)
+    monkeypatch.setattr(FP8Recipe, "products", lambda self: Ablated(False, E4M3, (1, 128)))
     got = gradients(to_fp8(tiny_model(dtype=torch.float32)))
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-5 * want[name].abs().max().item(), msg=name)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+ALL = (10**6, 10**6)
+COARSE = pytest.mark.parametrize("recipe, tiles", [
+    pytest.param(FP8Recipe(gradient_blocks=True), Tiles(slope=(128, 128)), id="blocks"),
+    pytest.param(FP8Recipe(scales="tensor"), Tiles(ALL, ALL, ALL), id="tensor")])
+
+
+@SIZES
+@COARSE
+def test_products_with_coarser_scales_are_those_of_the_dequantised_values(recipe, tiles, tokens, inputs, outputs):
+    assert is_by_hand(tokens, inputs, outputs, recipe.products(), tiles)
+
+
+@COARSE
+def test_the_kernels_products_with_coarser_scales_are_those_too(recipe, tiles):
+    with use_kernels("triton"):
+        assert is_by_hand(130, 96, 144, recipe.products(), tiles)
+
+
+@COARSE
+def test_the_comparison_tells_coarser_scales_from_the_reports(recipe, tiles):
+    assert not is_by_hand(products=recipe.products())
+
+
+def test_promotion_is_seen():
+    """14 bits instead of FP32 sums, of 4096 tokens in the weight gradient."""
+    x, weight, slope = torch.randn(4096, 16), torch.randn(16, 16), torch.randn(4096, 16).bfloat16()
+    exact = fake(slope, *ALL).T @ fake(x, *ALL)
+    recipes = (FP8Recipe(scales="tensor", promote=promote) for promote in (True, False))
+    errors = [((three_products(fp8_linear_of(weight, recipe.products()), x, slope)[2] - exact).abs().max()
+               / exact.abs().max()).item() for recipe in recipes]
+    assert errors[0] < 1e-6 and errors[1] > 1e-4
 
 
 @pytest.mark.parametrize("settings", [
-    dict(pow2=True), dict(gradient="e5m2"), dict(gradient_blocks=True), dict(scales="rows"), dict(scales="tensor"),
-    dict(scales="rows", promote=False), dict(scales="tensor", promote=False)], ids=str)
+    dict(pow2=True), dict(gradient="e5m2"), dict(gradient_blocks=True), dict(scales="tensor"),
+    dict(gradient="e5m2", scales="tensor"), dict(scales="tensor", promote=False)], ids=str)
 def test_every_recipe_differentiates_a_whole_model(settings):
     """Another gradient than the report's recipe finds, about as far from it as that is from the plain model's. Every
     token visits every expert, so that no choice can change."""
@@ -412,13 +447,45 @@ def test_every_recipe_differentiates_a_whole_model(settings):
     assert 0.01 < distance(found, usual) < 1.5 * distance(usual, plain)
 
 
-def test_experts_without_tokens_have_no_gradient_without_promotion_either():
+def test_experts_products_without_promotion_are_those_with_it_but_for_short_sums():
+    """Of operands that are the same in both: 128 rows of the first expert, none of the second, 256 of the third, and
+    128 of nobody."""
+    products = [FP8Recipe(scales="tensor", promote=promote).products() for promote in (True, False)]
+    ends, weight = torch.tensor([128, 128, 384], dtype=torch.int32), products[0].weight(torch.randn(3, 48, 64)).straight
+    rows = products[0].weighted(products[0].tiles(spread(512, 64)), torch.rand(512))
+    slope, x = (products[0].columns(spread(512, width)) for width in (48, 64))
+    into = torch.randn(3, 48, 64)
+    for call in (lambda p: p.multiply_groups(rows, weight, ends), lambda p: p.group_gradients(slope, x, ends),
+                 lambda p: p.group_gradients(slope, x, ends, into.clone()) - into,
+                 lambda p: p.multiply(rows, Operand(*(part[2] for part in weight))),
+                 lambda p: p.weight_gradient(slope, x, into[0].clone()) - into[0]):
+        want, got = map(call, products)
+        assert got.shape == want.shape and got.dtype == want.dtype and 0 < distance(got, want) < 0.01
+    assert not products[1].multiply_groups(rows, weight, ends)[384:].any()
+    assert not products[1].group_gradients(slope, x, ends)[1].any()
+
+
+@pytest.mark.parametrize("choice, tokens", [("four", 9), ("any", 0)])
+def test_experts_without_tokens_have_no_gradient_without_promotion_either(choice, tokens):
     config = tiny_config()
-    experts = fp8_experts(config, FP8Recipe(scales="rows", promote=False).products())
-    routing = chosen("four", config, 9)
-    found = experts_found(experts, spread(9, 32), routing, spread(9, 32).bfloat16())
-    assert all(part.isfinite().all() and part.any() for part in found.values())
+    experts = fp8_experts(config, FP8Recipe(scales="tensor", promote=False).products())
+    routing = chosen(choice, config, tokens)
+    found = experts_found(experts, spread(tokens, 32), routing, spread(tokens, 32).bfloat16())
+    assert all(part.isfinite().all() and bool(part.any()) == bool(tokens) for part in found.values())
     assert not found["d_down"][routing.load == 0].any()
+
+
+@pytest.mark.parametrize("a, b, experts, shape", [
+    ((48, 64), (32, 64), 0, (48, 32)), ((512, 64), (3, 32, 64), 3, (512, 32)), ((48, 512), (32, 512), 3, (3, 48, 32)),
+    ((48, 0), (32, 0), 3, (3, 48, 32)), ((0, 64), (3, 32, 64), 3, (0, 32))])
+def test_operands_of_the_tensor_cores_are_as_torch_wants_them(monkeypatch, a, b, experts, shape):
+    """What torch checks of shapes and strides; numbers need a GPU: see tests/kernels/test_fp8_with_kernels.py."""
+    monkeypatch.setattr(fp8_ablations, "clear_behind", lambda out, ends: None)
+    codes = [torch.empty(size, dtype=torch.float8_e4m3fn, device="meta") for size in (a, b)]
+    scales = [torch.empty(size[:-1], device="meta") for size in (a, b)]
+    ends = torch.empty(experts, dtype=torch.int32, device="meta") if experts else None
+    out = fp8_ablations.on_tensor_cores(codes[0], scales[0], codes[1], scales[1], ends)
+    assert out.shape == shape and out.is_contiguous()
 
 
 def error_of(recipe: FP8Recipe, x: Tensor, slope: Tensor) -> list[float]:
@@ -452,9 +519,10 @@ def lost(recipe: FP8Recipe, x: Tensor, slope: Tensor, part: tuple) -> float:
 
 @pytest.mark.parametrize("settings, sentence", [
     (dict(gradient="e3m4"), "gradient is 'e3m4'; it must be one of e4m3, e5m2"),
-    (dict(scales="blocks"), "scales is 'blocks'; it must be one of tiles, rows, tensor"),
+    (dict(scales="blocks"), "scales is 'blocks'; it must be one of tiles, tensor"),
     (dict(promote=False), "promote is False and scales are 'tiles'"),
-    (dict(gradient_blocks=True, scales="rows"), "gradient_blocks is True and scales are 'rows'")])
+    (dict(promote=False, scales="tensor", gradient="e5m2"), "promote is False and gradient is 'e5m2'"),
+    (dict(gradient_blocks=True, scales="tensor"), "gradient_blocks is True and scales are 'tensor'")])
 def test_recipes_that_cannot_be_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         FP8Recipe(**settings)
