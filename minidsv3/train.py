@@ -110,8 +110,21 @@ def train_step(model: Transformer, optimizer: AdamW, recipe: Recipe, batch: Batc
     Every micro-batch counts with its share of the batch, so that gradient, losses and load are the whole batch's.
     Raises `Diverged` as `update_weights` does.
     """
-    losses = accumulate(model, recipe, batch, seen, micro_batch or len(batch.tokens), precision)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    losses, grad_norm = clipped_gradient(model, recipe, batch, seen, micro_batch or len(batch.tokens), precision)
+    return update(model, optimizer, recipe, seen, losses, grad_norm)
+
+
+def clipped_gradient(model: Transformer, recipe: Recipe, batch: Batch, seen: int, micro_batch: int, precision: str
+                     ) -> tuple[Losses, Tensor]:
+    """The half of a step that asks the device for nothing, so that `graphed.py` can record it: the batch's losses, and
+    its gradient's norm before clipping."""
+    losses = accumulate(model, recipe, batch, seen, micro_batch, precision)
+    return losses, nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+
+
+def update(model: Transformer, optimizer: AdamW, recipe: Recipe, seen: int, losses: Losses, grad_norm: Tensor
+           ) -> Measured:
+    """The other half: weights and biases move, gradients are forgotten. Raises `Diverged` as `update_weights` does."""
     update_weights(optimizer, recipe, seen, losses, grad_norm)
     update_biases(model, losses.load, recipe.gamma(seen))
     return Measured.of(losses, grad_norm)
@@ -132,16 +145,16 @@ def update_weights(optimizer: AdamW, recipe: Recipe, seen: int, losses: Losses, 
 
 
 def accumulate(model: Transformer, recipe: Recipe, batch: Batch, seen: int, micro_batch: int, precision: str) -> Losses:
-    """Adds the gradient of the batch's loss to the parameters; returns its losses, without graph."""
-    sums, load = torch.zeros(4, dtype=torch.float64), 0.0
+    """Adds the gradient of the batch's loss to the parameters; returns its losses, without graph, on their device."""
+    device = model.lm_head.weight.device
+    sums, load = torch.zeros(4, dtype=torch.float64, device=device), 0.0
     for tokens, documents in zip(batch.tokens.split(micro_batch), batch.documents.split(micro_batch)):
-        device = model.lm_head.weight.device
         with autocast(device, precision):
             losses = model.loss(tokens.to(device), documents.to(device), mtp_weight=recipe.mtp_weight(seen),
                                 balance_weight=recipe.balance_weight(seen))
         share = len(tokens) / len(batch.tokens)
         (losses.total * share).backward()
-        sums += share * torch.stack(losses[:4]).detach().cpu()
+        sums += share * torch.stack(losses[:4]).detach()
         load = load + losses.load
     return Losses(*sums, load)
 

@@ -16,6 +16,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from minidsv3 import Transformer
 from minidsv3.corpus import Document
 from minidsv3.data import EOS, Batch, train_tokenizer
+from minidsv3.graphed import GraphedStep
 from minidsv3.optim import AdamW, Recipe
 from minidsv3.run_state import load_latest, save_state, saved_steps
 from minidsv3.train import Diverged, train_step
@@ -98,9 +100,12 @@ class Taken(NamedTuple):
 
 
 def go_on(folder: Path, model: Transformer, optimizer: AdamW, recipe: Recipe, batches: list[Batch], precision: str,
-          until: float) -> Taken:
+          until: float, graphed: bool = False) -> Taken:
     """Takes the steps on `batches` that the last save in `folder` has not taken, and stops at the end, before a step
-    that is not finite or, saving, when `time.time()` passes `until`."""
+    that is not finite or, saving, when `time.time()` passes `until`. Steps are `train_step`, or `graphed` (on a GPU),
+    which is faster and computes the same."""
+    step = (GraphedStep(model, optimizer, recipe, precision) if graphed else
+            partial(train_step, model, optimizer, recipe, precision=precision))
     losses: list[float] = []
     if saved_steps(folder):
         saved = load_latest(folder).state
@@ -116,7 +121,7 @@ def go_on(folder: Path, model: Transformer, optimizer: AdamW, recipe: Recipe, ba
             break
         try:
             seen = len(losses) * batch.tokens[:, 1:].numel()
-            losses.append(train_step(model, optimizer, recipe, batch, seen, precision=precision).loss)
+            losses.append(step(batch, seen).loss)
         except Diverged as error:
             diverged = str(error)
             break
