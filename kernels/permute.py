@@ -18,6 +18,7 @@ FP32, in the order of the slots, and rounded once.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import tl, triton, uses_triton
@@ -69,10 +70,9 @@ def permute_tiles_reference(codes: Tensor, scales: Tensor, permutation: Permutat
 
 def unpermute_reference(rows: Tensor, permutation: Permutation, weights: Tensor | None = None) -> Tensor:
     """The definition, summed in at least FP32. rows [R, d], weights [N, k] (None: all 1) -> [N, d] in rows' dtype."""
-    terms = wide(rows).index_select(0, permutation.rows.flatten()).unflatten(0, permutation.rows.shape)
-    if weights is not None:
-        terms = terms * weights.unsqueeze(-1)
-    return terms.sum(1).to(rows.dtype)
+    terms = wide(rows)
+    weights = None if weights is None else weights.to(terms.dtype)
+    return F.embedding_bag(permutation.rows, terms, mode="sum", per_sample_weights=weights).to(rows.dtype)
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def sort_by_expert(experts: Tensor, load: Tensor, align: int = 1) -> Permutation
 def permute(x: Tensor, permutation: Permutation) -> Tensor:
     """`permute_reference`; raises ValueError if x is not one row for each token of the permutation."""
     _check_rows("permute", x, len(permutation.rows), "one for each token")
-    if uses_triton(x):
+    if uses_triton(x) or _behind_operator(x):
         return _permute(x, permutation.rows, permutation.sources)
     return permute_reference(x, permutation)
 
@@ -200,9 +200,15 @@ def unpermute(rows: Tensor, permutation: Permutation, weights: Tensor | None = N
     if weights is not None and weights.shape != permutation.rows.shape:
         raise ValueError(f"unpermute got weights of shape {list(weights.shape)}; "
                          f"it needs {list(permutation.rows.shape)}")
-    if uses_triton(rows, *() if weights is None else (weights,)):
+    if uses_triton(rows, *() if weights is None else (weights,)) or weights is None and _behind_operator(rows):
         return _unpermute(rows, permutation.rows, permutation.sources, weights)
     return unpermute_reference(rows, permutation, weights)
+
+
+def _behind_operator(x: Tensor) -> bool:
+    """Whether the definition runs inside the operator and so has its gradient: on a CPU, where torch's own for indices
+    adds row after row to zeros. A compiler takes the definition apart."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_rows(name: str, x: Tensor, count: int, why: str) -> None:
@@ -238,12 +244,16 @@ def _sort_by_expert(experts: Tensor, load: Tensor, align: int) -> tuple[Tensor, 
 @torch.library.custom_op("minidsv3::permute", mutates_args=())
 def _permute(x: Tensor, rows: Tensor, sources: Tensor) -> Tensor:
     """x [N, d] -> [R, d]."""
+    if not uses_triton(rows):
+        return permute_reference(x, Permutation(rows, sources, None))
     return _spread(x, rows, sources)[0]
 
 
 @torch.library.custom_op("minidsv3::unpermute", mutates_args=())
 def _unpermute(y: Tensor, rows: Tensor, sources: Tensor, weights: Tensor | None) -> Tensor:
     """y [R, d] -> [N, d]."""
+    if not uses_triton(rows):
+        return unpermute_reference(y, Permutation(rows, sources, None), weights)
     y, weights, width = y.contiguous(), None if weights is None else weights.contiguous(), y.shape[1]
     out = torch.empty(len(rows), width, dtype=y.dtype, device=y.device)
     if out.numel():

@@ -23,6 +23,26 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (y * wide(weight)).to(x.dtype)
 
 
+class _Definition(torch.autograd.Function):
+    """The definition with the gradient above, in half the passes over memory that torch's own takes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = wide(x)
+        r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, r)
+        return (y * r * wide(weight)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple:
+        x, weight, r = ctx.saved_tensors
+        n, slope = wide(x) * r, wide(slope)
+        d_weight = (n * slope).view(-1, len(weight)).sum(0)
+        slope = slope * wide(weight)
+        dx = r * torch.addcmul(slope, n, (n * slope).mean(-1, keepdim=True), value=-1)
+        return dx.to(x.dtype), d_weight.to(weight.dtype), None
+
+
 @triton.jit
 def _forward(X, W, Y, R, stride, eps, D: tl.constexpr, BLOCK: tl.constexpr):
     """One row a program."""
@@ -63,7 +83,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
                          f"x of shape {list(x.shape)} needs [{x.shape[-1]}]")
     if uses_triton(x, weight):
         return _rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)[0].view(x.shape)
-    return rms_norm_reference(x, weight, eps)
+    if torch.compiler.is_compiling():     # which fuses the definition itself
+        return rms_norm_reference(x, weight, eps)
+    return _Definition.apply(x, weight, eps)
 
 
 @torch.library.custom_op("minidsv3::rms_norm", mutates_args=())

@@ -25,6 +25,15 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, nope: int = 0) -> Tensor
     return torch.cat((still, turned), -1) if nope else turned
 
 
+def _complex_product(x: Tensor, cos: Tensor, sin: Tensor, nope: int) -> Tensor:
+    """The definition in complex numbers, (x_2i + i x_2i+1) (cos + i sin): one pass where strided pairs take many."""
+    still, turning = x.split([nope, x.shape[-1] - nope], -1)
+    pairs = wide(turning).unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)   # at an even address
+    turned = torch.view_as_complex(pairs) * torch.complex(wide(cos), wide(sin)).unsqueeze(-2)
+    turned = torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return torch.cat((still, turned), -1) if nope else turned
+
+
 @triton.jit
 def _turn(X, COS, SIN, Y, tokens, heads, batch_stride, token_stride, head_stride, table_stride, sign,
           NOPE: tl.constexpr, ROPE: tl.constexpr, PNOPE: tl.constexpr, PROPE: tl.constexpr, HEADS: tl.constexpr):
@@ -58,7 +67,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, nope: int = 0) -> Tensor:
                          "x must be [B, T, heads, nope + d] and the tables [B or 1, T, d/2]")
     if uses_triton(x, cos, sin):
         return _rope(x, cos, sin, nope, 1.0)
-    return rope_reference(x, cos, sin, nope)
+    if torch.compiler.is_compiling():     # which fuses real numbers only
+        return rope_reference(x, cos, sin, nope)
+    return _complex_product(x, cos, sin, nope)
 
 
 @torch.library.custom_op("minidsv3::rope", mutates_args=())

@@ -8,6 +8,7 @@ matrices leaves them, and so does their gradient. With a = silu(gate) up:
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import tl, triton, uses_triton
@@ -18,6 +19,27 @@ from .tiles import load_tile, span, store_tile
 def weighted_swiglu_reference(gate_up: Tensor, weights: Tensor) -> Tensor:
     """The definition. gate_up [N, 2 * width], weights [N] in at least FP32; returns [N, width] in gate_up's dtype."""
     return swiglu_reference(*gate_up.chunk(2, -1)) * weights.to(gate_up.dtype).unsqueeze(-1)
+
+
+class _Definition(torch.autograd.Function):
+    """The definition with the gradient above. torch's own keeps two more tensors for it, and copies the halves of its
+    result together."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weights)
+        return weighted_swiglu_reference(gate_up, weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple:
+        gate_up, weights = ctx.saved_tensors
+        gradient = torch.empty_like(gate_up)
+        (gate, up), (d_gate, d_up) = gate_up.chunk(2, -1), gradient.chunk(2, -1)
+        silu, weighted = F.silu(gate), slope * weights.to(slope.dtype).unsqueeze(-1)
+        torch.mul(weighted, silu, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(weighted.mul_(up), gate, grad_input=d_gate)
+        return gradient, silu.mul_(up).mul_(slope).sum(-1).to(weights.dtype)
 
 
 @triton.jit
@@ -54,7 +76,9 @@ def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
                          "they must be [N, 2 * width] and [N]")
     if uses_triton(gate_up, weights):
         return _weighted_swiglu(gate_up, weights)
-    return weighted_swiglu_reference(gate_up, weights)
+    if torch.compiler.is_compiling():     # which fuses the definition itself
+        return weighted_swiglu_reference(gate_up, weights)
+    return _Definition.apply(gate_up, weights)
 
 
 @torch.library.custom_op("minidsv3::weighted_swiglu", mutates_args=())
