@@ -3,10 +3,12 @@
 The down projection takes silu(gate) * up in FP8 (report section 3.3.2). Its backward pass needs the product again,
 quantised along tokens for the weight gradient; instead of keeping it, training keeps gate and up in FP8 and recomputes
 it (section 3.3.3). So the backward function starts from gate and up, as floats or as codes with their scales, and from
-dy, the slope of the product:
+dy, the slope of what down_proj takes: of h = silu(gate) * up, or in experts of w h, w being the router's weight of a
+row:
 
-    d_gate, d_up      as in swiglu.py                  for the gradients of gate_proj and up_proj
-    codes, scales     of the product, 128 x 1          for the gradient of down_proj
+    d_gate, d_up      w times what swiglu.py has       for the gradients of gate_proj and up_proj
+    codes, scales     of w h, 128 x 1                  for the gradient of down_proj
+    d_w               <h, dy>                          for the router
 """
 
 import torch
@@ -26,15 +28,18 @@ def swiglu_quantize_reference(gate: Tensor, up: Tensor, pow2: bool = False) -> t
 
 
 def swiglu_quantize_backward_reference(gate: Tensor, up: Tensor, slope: Tensor, pow2: bool = False,
-                                       gate_scales: Tensor | None = None, up_scales: Tensor | None = None
-                                       ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition: the gradient of the product in FP32, and `quantize_columns_reference` of the product."""
-    gate, up = _decoded(gate, gate_scales), _decoded(up, up_scales)
+                                       gate_scales: Tensor | None = None, up_scales: Tensor | None = None,
+                                       weights: Tensor | None = None
+                                       ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The definition: all in FP32, d_gate and d_up rounded once, and `quantize_columns_reference` of w h."""
+    gate, up, dy = _decoded(gate, gate_scales), _decoded(up, up_scales), slope.float()
     s = gate.sigmoid()
     silu = gate * s
-    d_gate = slope.float() * up * (s + silu * (1 - s))
-    d_up = slope.float() * silu
-    return d_gate.to(slope.dtype), d_up.to(slope.dtype), *quantize_columns_reference(silu * up, pow2)
+    d_gate_up, h = torch.cat((dy * up * (s + silu * (1 - s)), dy * silu), 1), silu * up
+    if weights is None:
+        return d_gate_up.to(slope.dtype), *quantize_columns_reference(h, pow2), None
+    w = weights[:, None]
+    return (w * d_gate_up).to(slope.dtype), *quantize_columns_reference(w * h, pow2), (h * dy).sum(1)
 
 
 def _decoded(x: Tensor, scales: Tensor | None) -> Tensor:
@@ -63,8 +68,8 @@ def _decode(X, S, x_row, x_column, row, column, tile, rows, width):
 
 
 @triton.jit
-def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width, least,
-              POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr):
+def _backward(G, U, DY, GS, US, W, DX, DW, Q, S, g_row, g_column, u_row, u_column, dy_row, dy_column, rows, width,
+              least, POW2: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr):
     """Each program: one tile of each of COLUMNS columns; these never span two tiles of the inputs' scales."""
     row, column = interleaved(tl.program_id(0), TILE, HELD), span(tl.program_id(1), COLUMNS)
     input_tile = tl.program_id(1) * COLUMNS // TILE
@@ -72,9 +77,14 @@ def _backward(G, U, DY, GS, US, DG, DU, Q, S, g_row, g_column, u_row, u_column, 
     up = _decode(U, US, u_row, u_column, row, column, input_tile, rows, width)
     slope = load_tile(DY, dy_row, dy_column, row, column, rows, width)
     silu, d_gate, d_up = silu_and_slopes(gate, up, slope)
-    store_tile(DG, d_gate, row, column, rows, width)
-    store_tile(DU, d_up, row, column, rows, width)
-    store_columns(Q, S, silu * up, tl.program_id(0), column, rows, width, least, POW2, TILE, COLUMNS, HELD)
+    h = silu * up
+    if W is not None:
+        weight = tl.load(W + row, mask=row < rows, other=0.0)[:, None]
+        tl.store(DW + tl.program_id(1) * rows + row, tl.sum(d_up * up, 1), mask=row < rows)    # summed by torch
+        d_gate, d_up, h = weight * d_gate, weight * d_up, weight * h
+    store_tile(DX, d_gate, 2 * row, column, 2 * rows, width)            # [N, 2 width] as [2 N, width]
+    store_tile(DX, d_up, 2 * row + 1, column, 2 * rows, width)
+    store_columns(Q, S, h, tl.program_id(0), column, rows, width, least, POW2, TILE, COLUMNS, HELD)
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
@@ -90,18 +100,25 @@ def swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool = False) -> tuple[Tenso
 
 
 def swiglu_quantize_backward(gate: Tensor, up: Tensor, slope: Tensor, pow2: bool = False,
-                             gate_scales: Tensor | None = None, up_scales: Tensor | None = None
-                             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the backward pass needs of the product of gate and up, recomputed, and of its `slope` [N, width].
+                             gate_scales: Tensor | None = None, up_scales: Tensor | None = None,
+                             weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the backward pass needs of the product of gate and up, recomputed, times each row's `weights` [N] in FP32
+    if there are any, and of the `slope` [N, width] of that.
 
     gate and up are floats [N, width], or the codes of `quantize_tiles` with their scales [ceil(width / 128), N].
-    Returns d_gate and d_up [N, width] in slope's dtype, and the product's codes [width, N] and scales
-    [ceil(N / 128), width] as of `quantize_columns`. Raises ValueError for other shapes, dtypes or missing scales.
+    Returns d_gate and d_up side by side, [N, 2 width] in slope's dtype, rounded once; the codes [width, N] and scales
+    [ceil(N / 128), width] of the weighted product as of `quantize_columns`; and d_weights [N] in FP32, or None.
+    Raises ValueError for other shapes or dtypes, or missing scales.
     """
     _check(gate, up, slope, gate_scales, up_scales)
-    given = [x for x in (gate, up, slope, gate_scales, up_scales) if x is not None]
+    if weights is not None and (weights.shape != gate.shape[:1] or weights.dtype != torch.float32):
+        raise ValueError(f"weights must be one FP32 value for each of {len(gate)} rows; got {list(weights.shape)} "
+                         f"{weights.dtype}")
+    given = [x for x in (gate, up, slope, gate_scales, up_scales, weights) if x is not None]
     run = _swiglu_quantize_backward if uses_triton(*given) else swiglu_quantize_backward_reference
-    return run(gate.detach(), up.detach(), slope.detach(), pow2, gate_scales, up_scales)
+    weights = None if weights is None else weights.detach()
+    *results, d_weights = run(gate.detach(), up.detach(), slope.detach(), pow2, gate_scales, up_scales, weights)
+    return *results, None if weights is None else d_weights
 
 
 def _check(gate: Tensor, up: Tensor, slope: Tensor, gate_scales: Tensor | None, up_scales: Tensor | None) -> None:
@@ -134,21 +151,32 @@ def _swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tens
 
 @torch.library.custom_op("minidsv3::swiglu_quantize_backward", mutates_args=())
 def _swiglu_quantize_backward(gate: Tensor, up: Tensor, slope: Tensor, pow2: bool, gate_scales: Tensor | None,
-                              up_scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_gate, d_up, codes, scales = _empty_backward(gate, slope)
+                              up_scales: Tensor | None, weights: Tensor | None
+                              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Without weights d_weights is empty: an operator of torch's cannot return None."""
+    d_gate_up, codes, scales, parts = _empty_backward(gate, slope, weights)
     if gate.numel():
         grid = (len(scales), triton.cdiv(gate.shape[1], COLUMNS))
-        gate_scales, up_scales = (x if x is None else x.contiguous() for x in (gate_scales, up_scales))
-        _backward[grid](gate, up, slope, gate_scales, up_scales, d_gate, d_up, codes, scales, *gate.stride(),
-                        *up.stride(), *slope.stride(), *gate.shape, LEAST, pow2, TILE, COLUMNS,
+        of_rows = (x if x is None else x.contiguous() for x in (gate_scales, up_scales, weights))
+        _backward[grid](gate, up, slope, *of_rows, d_gate_up, parts, codes, scales,
+                        *gate.stride(), *up.stride(), *slope.stride(), *gate.shape, LEAST, pow2, TILE, COLUMNS,
                         rows_held(COLUMNS, WARPS, gate.element_size()), num_warps=WARPS)
-    return d_gate, d_up, codes, scales
+    return d_gate_up, codes, scales, parts.sum(0)
 
 
-def _empty_backward(gate: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_gate, d_up = (torch.empty(slope.shape, dtype=slope.dtype, device=slope.device) for _ in range(2))
-    return d_gate, d_up, *empty_tiles(gate.T)
+def _empty_backward(gate: Tensor, slope: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the results; of d_weights for the sum over each program's columns."""
+    rows, width = gate.shape
+    parts = (0, 0) if weights is None else (-(-width // COLUMNS), rows)
+    return (torch.empty(rows, 2 * width, dtype=slope.dtype, device=slope.device), *empty_tiles(gate.T),
+            torch.empty(parts, dtype=torch.float32, device=gate.device))
+
+
+def _fake_backward(gate: Tensor, up: Tensor, slope: Tensor, pow2: bool, gate_scales: Tensor | None,
+                   up_scales: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *results, parts = _empty_backward(gate, slope, weights)
+    return *results, parts.sum(0)
 
 
 _swiglu_quantize.register_fake(lambda gate, up, pow2: empty_tiles(gate))
-_swiglu_quantize_backward.register_fake(lambda gate, up, slope, *_: _empty_backward(gate, slope))
+_swiglu_quantize_backward.register_fake(_fake_backward)

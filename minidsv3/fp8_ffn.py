@@ -9,8 +9,8 @@ forward pass, and the gradient of the experts' sum in the backward pass; one byt
 communication"). Scales are powers of two, because Wgrad needs what arrived a second time along the other axis: decoded,
 it is exact in BF16. Sums over a token's experts stay in BF16.
 
-The router's weight of a row goes into scales: into those of h in the forward pass, where codes stay as they are, and
-into those of `up` in the backward pass, which makes h weighted for Wgrad and d_gate right.
+The router's weight of a row goes into the scales of h in the forward pass, where codes stay as they are. The backward
+pass makes h weighted before it quantises it, since Wgrad's tiles lie across rows.
 """
 
 import torch
@@ -49,9 +49,9 @@ class _Down(torch.autograd.Function):
         down, products, shape = ctx.down, ctx.down.codes.products, slope.shape[:-1]
         slope = slope.flatten(0, -2)
         d_hidden = products.multiply(products.slope_tiles(slope), down.codes(down.weight).turned)
-        d_gate, d_up, hidden = products.swiglu_backward(gate, up, d_hidden)
+        d_gate_up, hidden, _ = products.swiglu_backward(gate, up, d_hidden)
         gradient = weight_gradient(down, down.weight, products.weight_gradient, products.slope_columns(slope), hidden)
-        d_gate, d_up = (x[:len(slope), :down.in_features].unflatten(0, shape) for x in (d_gate, d_up))
+        d_gate, d_up = (x[:len(slope), :down.in_features].unflatten(0, shape) for x in d_gate_up.chunk(2, -1))
         return d_gate, d_up, None, gradient
 
 
@@ -126,19 +126,16 @@ class _Combined(torch.autograd.Function):
         experts, products = ctx.experts, ctx.experts.down_codes.products
         weights, *saved = ctx.saved_tensors
         order, gate, up = Permutation(*saved[:3]), Operand(*saved[3:5]), Operand(*saved[5:])
-        factors, width = by_row(weights, order), experts.down_proj.shape[2]
 
         tokens = products.slope_tiles(slope, pow2=True).rows(len(slope))
         turned = experts.down_codes(experts.down_proj).turned
         d_hidden = products.multiply_groups(products.dispatch(tokens, order), turned, order.ends)
-        weighted_up = Operand(up.codes, up.scales * factors)
-        d_gate, d_up, hidden = products.swiglu_backward(gate, weighted_up, d_hidden)
-        d_weights = (up.values(torch.float32) * d_up).sum(1)[order.rows].to(weights.dtype)     # <h, d_hidden>
-        d_gate_up = torch.cat((d_gate[:, :width], d_up[:, :width] * factors.to(d_up.dtype)[:, None]), -1)
+        d_gate_up, hidden, d_rows = products.swiglu_backward(gate, up, d_hidden, by_row(weights, order))
+        d_gate_up = d_gate_up.unflatten(1, (2, -1))[:, :, :experts.down_proj.shape[2]].flatten(1)   # without `padded`
         gradient = weight_gradient(experts, experts.down_proj, products.group_gradients,
                                    products.slope_columns(permute(tokens.values(), order), pow2=True), hidden,
                                    order.ends)
-        return d_gate_up, d_weights, None, None, gradient
+        return d_gate_up, d_rows[order.rows].to(weights.dtype), None, None, gradient
 
 
 def by_row(weights: Tensor, order: Permutation) -> Tensor:

@@ -122,12 +122,13 @@ class Products:
         """`tiles` of silu(gate) * up [N, width]."""
         return Operand(*swiglu_quantize(padded(gate), padded(up), self.pow2))
 
-    def swiglu_backward(self, gate: Operand, up: Operand, slope: Tensor) -> tuple[Tensor, Tensor, Operand]:
-        """d_gate and d_up [N, width] in slope's dtype, and `columns` of the recomputed product, from cached gate and
-        up."""
-        d_gate, d_up, *columns = swiglu_quantize_backward(gate.codes, up.codes, slope, self.pow2, gate.scales,
-                                                          up.scales)
-        return d_gate, d_up, Operand(*columns)
+    def swiglu_backward(self, gate: Operand, up: Operand, slope: Tensor, weights: Tensor | None = None
+                        ) -> tuple[Tensor, Operand, Tensor | None]:
+        """From cached gate and up: d_gate and d_up side by side [N, 2 width] in slope's dtype, `columns` of the
+        product, times each row's `weights` [N] if there are any, and d_weights [N]."""
+        d_gate_up, codes, scales, d_weights = swiglu_quantize_backward(gate.codes, up.codes, slope, self.pow2,
+                                                                       gate.scales, up.scales, weights)
+        return d_gate_up, Operand(codes, scales), d_weights
 
 
 def cached(x: Tensor) -> Operand:

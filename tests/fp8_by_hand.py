@@ -78,11 +78,14 @@ class Exact(Products):
     def swiglu_tiles(self, gate: Tensor, up: Tensor) -> Operand:
         return self.tiles(swiglu(padded(gate), padded(up)))
 
-    def swiglu_backward(self, gate: Operand, up: Operand, slope: Tensor) -> tuple[Tensor, Tensor, Operand]:
+    def swiglu_backward(self, gate: Operand, up: Operand, slope: Tensor, weights: Tensor | None = None
+                        ) -> tuple[Tensor, Operand, Tensor]:
+        weights = slope.new_ones(len(slope)) if weights is None else weights
         with torch.enable_grad():
-            gate, up = (operand.values().detach().requires_grad_() for operand in (gate, up))
-            hidden = swiglu(gate, up)
-        return *torch.autograd.grad(hidden, (gate, up), slope), self.columns(hidden)
+            leaves = [x.detach().requires_grad_() for x in (gate.values(), up.values(), weights)]
+            hidden = swiglu(*leaves[:2]) * leaves[2][:, None]
+        d_gate, d_up, d_weights = torch.autograd.grad(hidden, leaves, slope)
+        return torch.cat((d_gate, d_up), -1), self.columns(hidden), d_weights
 
 
 def without_rounding(monkeypatch) -> None:

@@ -29,10 +29,10 @@ def _odd_tiles(dtype: torch.dtype) -> tuple:
     return gate, up
 
 
-def _decided(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _decided(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`up` without the values whose product lies within 1e-4 of the middle between two codes: exp is not rounded
     alike everywhere, so which of the two is nearer is not for a kernel to get right."""
-    product = F.silu(gate.float()) * up.float()
+    product = F.silu(gate.float()) * up.float() * (1 if weights is None else weights[:, None])
     for x, at in ((product, up), (product.T, up.T)):
         scales = quantize_tiles_reference(x)[1].T.repeat_interleave(128, 1)[:, :x.shape[1]]
         low, high = ((x / scales * near).to(torch.float8_e4m3fn).float() for near in (1 - 1e-4, 1 + 1e-4))
@@ -56,6 +56,26 @@ def _coded(rows: int, width: int):
     return build
 
 
+def _weighted(rows: int, width: int):
+    """Rows with the router's weights: from floats, and weights that do not lie side by side."""
+    def build(dtype: torch.dtype) -> tuple:
+        weights = torch.rand(rows, 2)[:, 0]
+        gate, up = _decided(*torch.randn(2, rows, width).to(dtype), weights)
+        return gate, up, torch.randn(rows, width).to(dtype), True, None, None, weights
+    return build
+
+
+def _weighted_codes(rows: int, width: int):
+    """What an expert keeps. Its last rows are padding: zeros, which may have any weight."""
+    def build(dtype: torch.dtype) -> tuple:
+        gate, up, slope, pow2, *scales = _coded(rows, width)(dtype)
+        for x in (gate, up):
+            x.view(torch.uint8)[rows // 2:] = 0
+        slope[rows // 2:] = 0
+        return gate, up, slope, pow2, *scales, torch.rand(rows)
+    return build
+
+
 def _full(rows: int, width: int) -> tuple:
     return torch.randn(rows, 2 * width, dtype=torch.bfloat16).chunk(2, -1)
 
@@ -72,8 +92,11 @@ OPERATION = Operation(
     peers={"compiled definition": compiled(swiglu_quantize_reference), "eager definition": swiglu_quantize_reference})
 BACKWARD = Operation(
     "swiglu_quantize_backward", swiglu_quantize_backward, swiglu_quantize_backward_reference,
-    cases={name: _with_slope(build) for name, build in CASES.items()} | {"codes": _coded(130, 140)}, dtypes=DTYPES,
+    cases={name: _with_slope(build) for name, build in CASES.items()} | {
+        "codes": _coded(130, 140), "weighted": _weighted(20, 200), "weighted codes": _weighted_codes(130, 140),
+        "weighted, no rows": _weighted(0, 40), "weighted, no columns": _weighted(3, 0)}, dtypes=DTYPES,
     shapes={"32768 x 2048": lambda: (*_full(32768, 2048), torch.randn(32768, 2048, dtype=torch.bfloat16)),
-            "32768 x 2048 from FP8": lambda: _full_codes(32768, 2048)},
+            "32768 x 2048 from FP8": lambda: _full_codes(32768, 2048),
+            "32768 x 2048 from FP8, weighted": lambda: (*_full_codes(32768, 2048), torch.rand(32768))},
     peers={"compiled definition": compiled(swiglu_quantize_backward_reference),
            "eager definition": swiglu_quantize_backward_reference})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compare import assert_alike
+from compare import assert_alike, outputs
 from minidsv3.kernels import (quantize_columns, quantize_tiles, swiglu, swiglu_quantize,
                               swiglu_quantize_backward, swiglu_reference, use_kernels)
 from minidsv3.kernels.backend import INTERPRETED
@@ -88,32 +88,68 @@ def test_backward_is_the_gradient_and_the_product_along_tokens(kernels):
     slope = torch.randn_like(gate)
     exact = swiglu_reference(gate.double(), up.double())
     gradients = torch.autograd.grad(exact, (gate, up), slope.double())
-    d_gate, d_up, codes, scales = swiglu_quantize_backward(gate, up, slope)
-    assert_alike([d_gate, d_up], list(gradients), 1e-6)
+    d_gate_up, codes, scales, d_weights = swiglu_quantize_backward(gate, up, slope)
+    assert d_gate_up.is_contiguous() and d_weights is None
+    assert_alike(list(d_gate_up.chunk(2, -1)), list(gradients), 1e-6)
     assert codes.shape == (136, 70) and scales.shape == (1, 136)
     assert_alike([codes, scales], list(quantize_columns(exact.detach().float())), 1e-6)
+
+
+def test_with_weights_it_is_the_gradient_of_the_weighted_product(kernels):
+    gate, up, slope, pow2, *_, weights = BACKWARD.cases["weighted"](torch.float32)
+    leaves = [x.double().requires_grad_() for x in (gate, up, weights)]
+    exact = swiglu_reference(*leaves[:2]) * leaves[2][:, None]
+    gradients = torch.autograd.grad(exact, leaves, slope.double())
+    d_gate_up, codes, scales, d_weights = swiglu_quantize_backward(gate, up, slope, pow2, weights=weights)
+    assert_alike([*d_gate_up.chunk(2, -1), d_weights], [x.float() for x in gradients], 1e-6)
+    assert_alike([codes, scales], list(quantize_columns(exact.detach().float(), pow2)), 1e-6)
+
+
+def test_gradients_are_rounded_once(kernels):
+    """Within half a step of BF16 of float64's, weight included; the router's is not rounded to BF16 at all."""
+    gate, up, slope, *_, weights = BACKWARD.cases["weighted"](torch.bfloat16)
+    leaves = [x.double().requires_grad_() for x in (gate, up, weights)]
+    *gradients, router = torch.autograd.grad(swiglu_reference(*leaves[:2]) * leaves[2][:, None], leaves, slope.double())
+    exact = torch.cat(gradients, -1)
+    half_step = 2.0 ** (exact.abs().log2().floor() - 8)
+    once, *_, d_weights = swiglu_quantize_backward(gate, up, slope, weights=weights)
+    twice = (swiglu_quantize_backward(gate, up, slope)[0] * weights[:, None]).bfloat16()
+    assert [bool(((x.double() - exact).abs() <= half_step + 1e-6).all()) for x in (once, twice)] == [True, False]
+    assert_alike([d_weights], [router.float()], 1e-6)
+
+
+def test_padding_has_no_gradient_and_no_codes_whatever_its_weight(kernels):
+    inputs = BACKWARD.cases["weighted codes"](torch.bfloat16)
+    d_gate_up, codes, _, d_weights = swiglu_quantize_backward(*inputs)
+    assert d_gate_up[:65].any() and not d_gate_up[65:].any() and not d_weights[65:].any()
+    assert codes[:, :65].float().any() and not codes[:, 65:].float().any()
 
 
 def test_from_fp8_it_is_the_gradient_at_the_decoded_values(kernels):
     gate, up, slope, _, gate_scales, up_scales = BACKWARD.cases["codes"](torch.float32)
     ours = swiglu_quantize_backward(gate, up, slope, gate_scales=gate_scales, up_scales=up_scales)
     theirs = swiglu_quantize_backward(decoded(gate, gate_scales), decoded(up, up_scales), slope)
-    assert_alike(list(ours), list(theirs), 1e-6)
+    assert_alike(outputs(ours), outputs(theirs), 1e-6)
 
 
 @interpreted
 @pytest.mark.parametrize("operation, case, right, wrong", [
     (OPERATION, "halves", "gate * tl.sigmoid(gate) * up", "gate * up"),
-    (BACKWARD, "halves", "silu * up, tl", "silu.to(tl.bfloat16) * up, tl"),
+    (BACKWARD, "halves", "h = silu * up", "h = silu.to(tl.bfloat16) * up"),
     (BACKWARD, "codes", "tl.program_id(1) * COLUMNS // TILE", "0"),
     (BACKWARD, "codes", "_decode(U, US", "_decode(U, GS"),
     (BACKWARD, "halves", "interleaved(tl.program_id(0), TILE, HELD)", "span(tl.program_id(0), TILE)"),
-], ids=range(5))
+    (BACKWARD, "halves", "d_up, 2 * row + 1", "d_up, 2 * row"),
+    (BACKWARD, "weighted", "weight * d_up, weight", "d_up, weight"),
+    (BACKWARD, "weighted", "tl.sum(d_up * up, 1)", "tl.sum(d_gate * gate, 1)"),
+    (BACKWARD, "weighted", "parts.sum(0)", "parts[0].clone()"),
+    (BACKWARD, "weighted", "x if x is None else x.contiguous()", "x"),
+], ids=range(10))
 def test_the_comparison_sees_a_wrong_kernel(operation, case, right, wrong, tmp_path):
     mutant = getattr(mutated("swiglu_quantize", right, wrong, tmp_path), operation.name)
     inputs = operation.cases[case](torch.float32)
     with use_kernels("triton"), pytest.raises(AssertionError):
-        assert_alike(list(mutant(*inputs)), list(operation.reference(*inputs)), 1e-5)
+        assert_alike(outputs(mutant(*inputs)), outputs(operation.reference(*inputs)), 1e-5)
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------
@@ -133,6 +169,8 @@ CODES, SCALES = ONES.to(torch.float8_e4m3fn), torch.ones(2, 3)
     (lambda: swiglu_quantize_backward(CODES, CODES, ONES), r"need scales of shape \[2, 3\]; got None"),
     (lambda: swiglu_quantize_backward(CODES, CODES, ONES, False, SCALES, SCALES.T), r"got \[3, 2\]"),
     (lambda: swiglu_quantize_backward(ONES, ONES, ONES, False, SCALES, SCALES), r"scales of shape None; got \[2, 3\]"),
+    (lambda: swiglu_quantize_backward(ONES, ONES, ONES, weights=ONES), r"each of 3 rows; got \[3, 200\]"),
+    (lambda: swiglu_quantize_backward(ONES, ONES, ONES, weights=ONES[:, 0].half()), "FP32 value .* torch.float16"),
 ])
 def test_refusals(call, sentence):
     with pytest.raises(ValueError, match=sentence):
