@@ -44,6 +44,9 @@ class Ablated(Products):
     def slope_columns(self, slope: Tensor, pow2: bool = False) -> Operand:
         return quantize_rows(padded(slope).T, self.gradient, self.tile, pow2 or self.pow2, TINY)
 
+    def slopes(self, slope: Tensor, pow2: bool = False) -> tuple[Operand, Operand]:
+        return self.slope_tiles(slope, pow2), self.slope_columns(slope, pow2)
+
     def multiply(self, a: Operand, b: Operand) -> Tensor:
         return super().multiply(a, b) if is_e4m3(a) else defined(fp8_gemm_reference, *a, *b)
 

@@ -69,9 +69,10 @@ class _Core(torch.autograd.Function):
         shape, slope = slope.shape[:-1], slope.flatten(0, -2)
         out = dequantize_e5m6(*kept, mla.o_proj.in_features)
         turned = mla.o_proj.codes(mla.o_proj.weight).turned
-        d_out = products.multiply(products.slope_tiles(slope), turned)[:len(out), :out.shape[1]]
-        d_o_proj = weight_gradient(mla.o_proj, mla.o_proj.weight, products.weight_gradient,
-                                   products.slope_columns(slope), products.columns(out, mla.o_proj.pow2))
+        tiles, columns = products.slopes(slope)
+        d_out = products.multiply(tiles, turned)[:len(out), :out.shape[1]]
+        d_o_proj = weight_gradient(mla.o_proj, mla.o_proj.weight, products.weight_gradient, columns,
+                                   products.columns(out, mla.o_proj.pow2))
 
         with torch.enable_grad():      # a graph of the up-projections alone, which lives until this function ends
             latents = [x.detach().requires_grad_() for x in (c_q, c_kv)]

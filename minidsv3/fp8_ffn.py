@@ -48,9 +48,10 @@ class _Down(torch.autograd.Function):
         gate, up = Operand(*ctx.saved_tensors[:2]), Operand(*ctx.saved_tensors[2:])
         down, products, shape = ctx.down, ctx.down.codes.products, slope.shape[:-1]
         slope = slope.flatten(0, -2)
-        d_hidden = products.multiply(products.slope_tiles(slope), down.codes(down.weight).turned)
+        tiles, columns = products.slopes(slope)
+        d_hidden = products.multiply(tiles, down.codes(down.weight).turned)
         d_gate_up, hidden, _ = products.swiglu_backward(gate, up, d_hidden)
-        gradient = weight_gradient(down, down.weight, products.weight_gradient, products.slope_columns(slope), hidden)
+        gradient = weight_gradient(down, down.weight, products.weight_gradient, columns, hidden)
         d_gate, d_up = (x[:len(slope), :down.in_features].unflatten(0, shape) for x in d_gate_up.chunk(2, -1))
         return d_gate, d_up, None, gradient
 
@@ -98,11 +99,12 @@ class _Dispatched(torch.autograd.Function):
         experts, products = ctx.experts, ctx.experts.gate_up_codes.products
         order, tokens = Permutation(*ctx.saved_tensors[:3]), ctx.again(ctx.saved_tensors[3:])
         turned = experts.gate_up_codes(experts.gate_up_proj).turned
-        d_rows = products.multiply_groups(products.slope_tiles(slope), turned, order.ends)
+        tiles, columns = products.slopes(slope)
+        d_rows = products.multiply_groups(tiles, turned, order.ends)
         dx = unpermute(d_rows[:, :ctx.width], order)
         x = products.columns(permute(tokens.values(), order), pow2=True)
-        gradient = weight_gradient(experts, experts.gate_up_proj, products.group_gradients,
-                                   products.slope_columns(slope), x, order.ends)
+        gradient = weight_gradient(experts, experts.gate_up_proj, products.group_gradients, columns, x,
+                                   order.ends)
         return dx, None, None, None, gradient
 
 

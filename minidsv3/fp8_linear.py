@@ -99,10 +99,9 @@ class _Linears(torch.autograd.Function):
         products, columns, shape = ctx.matrices[0].codes.products, ctx.again(ctx.saved_tensors), slopes[0].shape[:-1]
         parts, gradients = [], []
         for matrix, slope in zip(ctx.matrices, slopes):
-            slope = slope.flatten(0, -2)
-            parts.append(products.multiply(products.slope_tiles(slope), matrix.codes(matrix.weight).turned))
-            gradients.append(weight_gradient(matrix, matrix.weight, products.weight_gradient,
-                                             products.slope_columns(slope), columns))
+            tiles, slope_columns = products.slopes(slope.flatten(0, -2))
+            parts.append(products.multiply(tiles, matrix.codes(matrix.weight).turned))
+            gradients.append(weight_gradient(matrix, matrix.weight, products.weight_gradient, slope_columns, columns))
         dx = sum(parts[1:], start=parts[0])[:shape.numel(), :ctx.matrices[0].in_features]
         return dx.unflatten(0, shape), None, None, *gradients
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import (Permutation, dequantize_blocks, fp8_gemm, fp8_grouped_gemm, fp8_grouped_wgrad, permute_tiles,
-                      quantize_blocks, quantize_columns, quantize_tiles, swiglu_quantize, swiglu_quantize_backward)
+                      quantize_blocks, quantize_both, quantize_columns, quantize_tiles, swiglu_quantize,
+                      swiglu_quantize_backward)
 from .kernels.fp8_gemm import dequantize_tiles
 from .kernels.quantize import LEAST, TINY
 
@@ -76,6 +77,11 @@ class Products:
     def slope_columns(self, slope: Tensor, pow2: bool = False) -> Operand:
         """`columns` of a gradient."""
         return self.columns(slope, pow2, TINY)
+
+    def slopes(self, slope: Tensor, pow2: bool = False) -> tuple[Operand, Operand]:
+        """Both, from one read of the gradient."""
+        codes, scales, *columns = quantize_both(padded(slope), pow2 or self.pow2, TINY)
+        return Operand(codes, scales), Operand(*columns)
 
     def weight(self, weight: Tensor) -> WeightOperands:
         """weight [.., N, K] quantised once for both, since a block is square."""

@@ -48,6 +48,9 @@ class Exact(Products):
     def columns(self, x: Tensor, pow2: bool = False, least: float = 0.0) -> Operand:
         return self.tiles(padded(x).T.contiguous())
 
+    def slopes(self, slope: Tensor, pow2: bool = False) -> tuple[Operand, Operand]:
+        return self.tiles(slope), self.columns(slope)
+
     def weight(self, weight: Tensor) -> WeightOperands:
         return WeightOperands(Operand(padded(weight), None), Operand(padded(weight).mT.contiguous(), None))
 

@@ -113,8 +113,8 @@ def turned(self, x: Tensor, *options) -> Operand:
 
 
 @pytest.mark.parametrize("name, fault", [
-    ("columns", turned), ("slope_columns", turned),
-    ("slope_tiles", lambda self, x, pow2=False: Operand((tiles := self.tiles(x)).codes, tiles.scales.flip(0))),
+    ("columns", turned), ("slopes", lambda self, x: (self.tiles(x), turned(self, x))),
+    ("slopes", lambda self, x: (Operand((tiles := self.tiles(x)).codes, tiles.scales.flip(0)), self.columns(x))),
     ("tiles", lambda self, x, *options: Operand(*(part.contiguous() for part in self.columns(x.T)))
         ._replace(scales=self.columns(x).scales)),                                             # the other axis's scales
     ("weight", lambda self, w: WeightOperands(Operand(*(q := quantize_blocks(w))),
