@@ -431,7 +431,7 @@ def test_promotion_is_seen():
     recipes = (FP8Recipe(scales="tensor", promote=promote) for promote in (True, False))
     errors = [((three_products(fp8_linear_of(weight, recipe.products()), x, slope)[2] - exact).abs().max()
                / exact.abs().max()).item() for recipe in recipes]
-    assert errors[0] < 1e-6 and errors[1] > 1e-4
+    assert errors[0] < 1e-6 and errors[1] > 1e-3      # 14 bits that are promoted each 128: 1e-4
 
 
 @pytest.mark.parametrize("settings", [
