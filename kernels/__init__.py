@@ -21,6 +21,7 @@ from minidsv3.kernels.mla_attention import mla_attention, mla_attention_referenc
 from minidsv3.kernels.mla_decode import mla_decode, mla_decode_reference
 from minidsv3.kernels.permute import (Permutation, permute, permute_reference, permute_tiles, permute_tiles_reference,
                                       sort_by_expert, sort_by_expert_reference, unpermute, unpermute_reference)
+from minidsv3.kernels.permute_columns import permute_columns, permute_columns_reference
 from minidsv3.kernels.quantize import (dequantize_blocks, dequantize_blocks_reference, quantize_blocks,
                                        quantize_blocks_reference, quantize_columns, quantize_columns_reference,
                                        quantize_tiles, quantize_tiles_reference)
@@ -38,11 +39,11 @@ __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy
            "fp8_gemm_reference", "fp8_grouped_gemm", "fp8_grouped_gemm_reference", "fp8_grouped_wgrad",
            "fp8_grouped_wgrad_reference", "grouped_gemm", "grouped_gemm_reference", "linear", "linear_cross_entropy",
            "linear_cross_entropy_reference", "mla_attention", "mla_attention_reference", "mla_decode",
-           "mla_decode_reference", "permute", "permute_reference", "permute_tiles", "permute_tiles_reference",
-           "quantize_blocks", "quantize_blocks_reference", "quantize_both", "quantize_both_reference",
-           "quantize_columns", "quantize_columns_reference", "quantize_e5m6", "quantize_e5m6_reference",
-           "quantize_tiles", "quantize_tiles_reference", "rms_norm", "rms_norm_reference", "rope", "rope_reference",
-           "route", "route_reference", "sort_by_expert", "sort_by_expert_reference", "swiglu", "swiglu_quantize",
-           "swiglu_quantize_backward", "swiglu_quantize_backward_reference", "swiglu_quantize_reference",
-           "swiglu_reference", "unpermute", "unpermute_reference", "use_kernels", "uses_triton", "weighted_swiglu",
-           "weighted_swiglu_reference"]
+           "mla_decode_reference", "permute", "permute_columns", "permute_columns_reference", "permute_reference",
+           "permute_tiles", "permute_tiles_reference", "quantize_blocks", "quantize_blocks_reference", "quantize_both",
+           "quantize_both_reference", "quantize_columns", "quantize_columns_reference", "quantize_e5m6",
+           "quantize_e5m6_reference", "quantize_tiles", "quantize_tiles_reference", "rms_norm", "rms_norm_reference",
+           "rope", "rope_reference", "route", "route_reference", "sort_by_expert", "sort_by_expert_reference", "swiglu",
+           "swiglu_quantize", "swiglu_quantize_backward", "swiglu_quantize_backward_reference",
+           "swiglu_quantize_reference", "swiglu_reference", "unpermute", "unpermute_reference", "use_kernels",
+           "uses_triton", "weighted_swiglu", "weighted_swiglu_reference"]

@@ -1,0 +1,89 @@
+"""What experts received, quantised along tokens for their weight gradients, straight from the tokens' codes.
+
+A token goes to its experts in 1 x 128 tiles, one byte a value; the gradient of an expert's matrix sums over its tokens
+and wants 128 x 1 tiles of the sorted rows, transposed (report section 3.3.2; dispatch in FP8, section 3.3.3):
+
+    quantize_columns(permute(codes * scales, permutation))
+
+In these three steps the values pass through memory in 16 bits and more, for all of a token's k experts. Here a program
+reads the codes that it needs, where the tokens have them: N width bytes are read and R width written.
+
+The values are rounded to BF16 on the way, as those of `permute` are. With scales that are powers of two nothing is
+rounded: a code has four binary digits, BF16 eight.
+"""
+
+import torch
+from torch import Tensor
+
+from .backend import tl, triton, uses_triton
+from .fp8_gemm import dequantize_tiles, has_tiles
+from .permute import Permutation, permute_reference
+from .quantize import FP8, LEAST, TILE, TINY, interleaved, quantize_columns_reference, rows_held, store_columns
+from .tiles import load_tile, span
+
+
+def permute_columns_reference(codes: Tensor, scales: Tensor, permutation: Permutation, pow2: bool = False,
+                              least: float = LEAST) -> tuple[Tensor, Tensor]:
+    """The definition. Rows of padding are zeros, and count in the scales of their tiles as zeros do."""
+    values = dequantize_tiles(codes, scales).bfloat16()
+    return quantize_columns_reference(permute_reference(values, permutation), pow2, least)
+
+
+@triton.jit
+def _permute_columns(Q, S, SOURCES, Q_T, S_T, tokens, rows, width, least,
+                     K: tl.constexpr, POW2: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr):
+    """Each program: one block of the sorted rows, and of each row one tile of its token. Programs that run together
+    take the same columns: those of all tokens, of which each is read k times, fit into the L2 cache."""
+    row_tile, tile = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, column = interleaved(row_tile, TILE, HELD), span(tile, TILE)
+    source = tl.load(SOURCES + row, mask=row < rows, other=-1)
+    token = tl.where(source < 0, tokens, source // K).to(tl.int64)      # padding: behind the last token, read as zeros
+    scale = tl.load(S + tile * tokens + token, mask=token < tokens, other=0.0)
+    x = load_tile(Q, width, 1, token, column, tokens, width) * scale[:, None]
+    store_columns(Q_T, S_T, x.to(tl.bfloat16), row_tile, column, rows, width, least, POW2, TILE, TILE, HELD)
+
+
+def permute_columns(codes: Tensor, scales: Tensor, permutation: Permutation, pow2: bool = False,
+                    least: float = LEAST) -> tuple[Tensor, Tensor]:
+    """Codes [N, width] and FP32 scales [ceil(width / 128), N] of `quantize_tiles` -> codes [width, R] in E4M3, FP32
+    scales [ceil(R / 128), width], as of `quantize_columns`, of the permutation's rows. No gradient passes through.
+
+    If each expert's rows are a multiple of 128, no tile has rows of two. Raises ValueError for codes and scales that
+    do not fit the permutation or each other, and if `least` is below `TINY`.
+    """
+    if codes.dtype != FP8 or codes.dim() != 2 or len(codes) != len(permutation.rows):
+        raise ValueError(f"permute_columns got codes {list(codes.shape)} {codes.dtype}; "
+                         f"they must be [{len(permutation.rows)}, width] in {FP8}, a row for each token")
+    if scales.dtype != torch.float32 or not has_tiles(codes, scales):
+        raise ValueError(f"permute_columns got scales {list(scales.shape)} {scales.dtype}; codes of shape "
+                         f"{list(codes.shape)} need [{-(-codes.shape[1] // TILE)}, {len(codes)}] in torch.float32")
+    if not least >= TINY:
+        raise ValueError(f"permute_columns got least {least}; it must be at least {TINY}")
+    if uses_triton(codes, scales):
+        return _columns_of(codes, scales, permutation.sources, permutation.rows.shape[1], pow2, least)
+    return permute_columns_reference(codes, scales, permutation, pow2, least)
+
+
+WARPS = 4
+
+
+@torch.library.custom_op("minidsv3::permute_columns", mutates_args=())
+def _columns_of(codes: Tensor, scales: Tensor, sources: Tensor, chosen: int, pow2: bool, least: float
+                ) -> tuple[Tensor, Tensor]:
+    codes, scales, (tokens, width), rows = codes.contiguous(), scales.contiguous(), codes.shape, len(sources)
+    out = _empty(codes, sources)
+    if rows and width:
+        grid = (triton.cdiv(rows, TILE), triton.cdiv(width, TILE))
+        _permute_columns[grid](codes, scales, sources, *out, tokens, rows, width, least, chosen, pow2, TILE,
+                               rows_held(TILE, WARPS, codes.element_size()), num_warps=WARPS)
+    return out
+
+
+def _empty(codes: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the codes and scales."""
+    width, rows = codes.shape[1], len(sources)
+    return (torch.empty(width, rows, dtype=FP8, device=codes.device),
+            torch.empty(-(-rows // TILE), width, dtype=torch.float32, device=codes.device))
+
+
+_columns_of.register_fake(lambda codes, scales, sources, chosen, pow2, least: _empty(codes, sources))
