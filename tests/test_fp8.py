@@ -454,7 +454,7 @@ def test_experts_products_without_promotion_are_those_with_it_but_for_short_sums
     ends, weight = torch.tensor([128, 128, 384], dtype=torch.int32), products[0].weight(torch.randn(3, 48, 64)).straight
     rows = products[0].weighted(products[0].tiles(spread(512, 64)), torch.rand(512))
     slope, x = (products[0].columns(spread(512, width)) for width in (48, 64))
-    into = torch.randn(3, 48, 64)
+    into = products[0].group_gradients(slope, x, ends).roll(1, 2)        # as large as what is added
     for call in (lambda p: p.multiply_groups(rows, weight, ends), lambda p: p.group_gradients(slope, x, ends),
                  lambda p: p.group_gradients(slope, x, ends, into.clone()) - into,
                  lambda p: p.multiply(rows, Operand(*(part[2] for part in weight))),
