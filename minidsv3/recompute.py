@@ -12,11 +12,10 @@ pipeline that splits the backward pass in two would run a checkpointed forward p
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import fp32_product
 from .kernels import rms_norm, uses_triton
-from .kernels.precision import wide
 from .layers import RMSNorm
 from .moe import Router
 
@@ -78,10 +77,11 @@ class _RouterLogits(torch.autograd.Function):
     def forward(ctx, u: Tensor, source: Tensor, gain: Tensor, eps: float, weight: Tensor) -> Tensor:
         ctx.save_for_backward(source, gain, weight)
         ctx.eps = eps
-        return F.linear(wide(u), wide(weight))
+        return fp32_product.logits(u, weight)
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple:
         source, gain, weight = ctx.saved_tensors
-        u = wide(rms_norm(source, gain, ctx.eps))
-        return (slope @ wide(weight)).to(source.dtype), None, None, None, (slope.T @ u).to(weight.dtype)
+        u = rms_norm(source, gain, ctx.eps)
+        gradient = fp32_product.weight_gradient(slope, u)
+        return fp32_product.input_gradient(slope, weight, u.dtype), None, None, None, gradient.to(weight.dtype)
