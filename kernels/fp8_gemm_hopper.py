@@ -27,6 +27,7 @@ the device; rows of out after the last end are left as they are. M is a multiple
 TMA finds them: their values are neighbours, and they start at multiples of 16 bytes.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -273,7 +274,8 @@ def grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends:
                  tile: tuple[int, int, int] | None = None) -> None:
     """Fills the rows of out that belong to an expert."""
     E, N, K = b.shape
-    tile = tile or _fastest(triton.cdiv(len(a), E), N, K, E, False, out.itemsize, processors(a.device))
+    tokens = max(len(a) // E - 127, 1)      # of an expert on average: what a has room for, less most of the padding
+    tile = tile or _fastest(tokens, N, K, E, False, out.itemsize, processors(a.device), uneven=True)
     _launch(a, a_scales, b.view(E * N, K), b_scales, out, ends, E, Plan(*tile, out.itemsize, False, "rows", False))
 
 
@@ -287,12 +289,15 @@ def grouped_wgrad(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends
 
 
 @lru_cache
-def _fastest(M: int, N: int, K: int, experts: int, tiles: bool, item: int, programs: int) -> tuple[int, int, int]:
-    """The possible tile that takes the program with most of them the least time, by a model fitted to measurements."""
+def _fastest(M: int, N: int, K: int, experts: int, tiles: bool, item: int, programs: int, uneven: bool = False
+             ) -> tuple[int, int, int]:
+    """The possible tile that takes the program with most of them the least time, by a model fitted to measurements.
+    `uneven`: M is a mean over experts, whose last tiles are half full on average."""
     def time(tile: tuple[int, int, int]) -> int:
         columns, consumers, waves = tile
         rows = 64 * consumers * waves
-        turns = triton.cdiv(experts * triton.cdiv(M, rows) * triton.cdiv(N, columns), programs)
+        down = M / rows + 0.5 if uneven else triton.cdiv(M, rows)
+        turns = math.ceil(experts * down * triton.cdiv(N, columns) / programs)
         loads = rows + columns                                        # lines of 128 bytes
         block = max(rows * columns, 52 * loads) + 8 * loads           # loading hides under multiplying, or it does not
         return turns * (triton.cdiv(K, 128) * block + 460 * columns * waves)    # a consumer's waves leave in turn

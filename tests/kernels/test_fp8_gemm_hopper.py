@@ -168,5 +168,12 @@ def test_rows_of_the_chosen_tile(M, N, K, experts, rows):
     assert 64 * consumers * waves == rows
 
 
+@pytest.mark.parametrize("tokens, rows", ((128, 128), (512, 128), (8192, 192)))
+def test_experts_with_unequal_numbers_of_tokens_take_smaller_tiles(tokens, rows):
+    """128 tokens on average are mostly one or two tiles of 128 rows. One of 256 would multiply its empty half too."""
+    _, consumers, waves = hopper._fastest(tokens, 4096, 7168, 256, False, 2, 132, uneven=True)
+    assert 64 * consumers * waves == rows
+
+
 def test_small_tiles_where_asked_for():
     assert hopper._fastest(4096, 7168, 16384, 1, True, 4, 132) == (128, 2, 1)
