@@ -126,6 +126,10 @@ def go_on(folder: Path, model: Transformer, optimizer: AdamW, recipe: Recipe, ba
             diverged = str(error)
             break
         seconds.append(time.time() - began)
+        if len(losses) % 100 == 0:       # a line, not a bar: many runs share the screen
+            rate = batch.tokens[:, 1:].numel() / statistics.median(seconds)
+            print(f"{folder.name}: step {len(losses)} of {len(batches)}, loss {losses[-1]:.3f}, {rate:,.0f} tokens a "
+                  "second", flush=True)
     return Taken(losses, statistics.median(seconds) if seconds else None, diverged)
 
 
