@@ -22,6 +22,7 @@ from torch import Tensor
 from .accumulate import accumulate
 from .formats import E4M3, E5M2, Format, Tile, tile_scale
 from .fp8_products import Operand, Products, WeightOperands, exact, padded
+from .kernels import Permutation, permute
 from .kernels.backend import uses_triton
 from .kernels.fp8_gemm import blocks_of, fp8_gemm_reference
 from .kernels.fp8_grouped_gemm import clear_behind, fp8_grouped_gemm_reference, fp8_grouped_wgrad_reference, spans
@@ -46,6 +47,9 @@ class Ablated(Products):
 
     def slopes(self, slope: Tensor, pow2: bool = False) -> tuple[Operand, Operand]:
         return self.slope_tiles(slope, pow2), self.slope_columns(slope, pow2)
+
+    def dispatched_slope_columns(self, operand: Operand, order: Permutation) -> Operand:
+        return self.slope_columns(permute(operand.values(), order), pow2=True)
 
     def multiply(self, a: Operand, b: Operand) -> Tensor:
         return super().multiply(a, b) if is_e4m3(a) else defined(fp8_gemm_reference, *a, *b)
@@ -75,6 +79,9 @@ class OneScale(Ablated):
 
     def columns(self, x: Tensor, pow2: bool = False, least: float = LEAST) -> Operand:
         return quantize_rows(padded(x).T, E4M3, WHOLE, pow2 or self.pow2, least)
+
+    def dispatched_columns(self, operand: Operand, order: Permutation) -> Operand:
+        return self.columns(permute(operand.values(), order), pow2=True)
 
     def weight(self, weight: Tensor) -> WeightOperands:
         codes, scales = quantize(padded(weight), E4M3, WHOLE, self.pow2)

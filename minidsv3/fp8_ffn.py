@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .fp8_linear import FP8Linear, WeightCodes, linears, remembered, weight_gradient
 from .fp8_products import ALIGN, Operand, Products, cached
-from .kernels import Permutation, Routing, permute, sort_by_expert, unpermute
+from .kernels import Permutation, Routing, sort_by_expert, unpermute
 from .moe import MLP, Experts
 from .recompute import Normed
 
@@ -102,9 +102,8 @@ class _Dispatched(torch.autograd.Function):
         tiles, columns = products.slopes(slope)
         d_rows = products.multiply_groups(tiles, turned, order.ends)
         dx = unpermute(d_rows[:, :ctx.width], order)
-        x = products.columns(permute(tokens.values(), order), pow2=True)
-        gradient = weight_gradient(experts, experts.gate_up_proj, products.group_gradients, columns, x,
-                                   order.ends)
+        gradient = weight_gradient(experts, experts.gate_up_proj, products.group_gradients, columns,
+                                   products.dispatched_columns(tokens, order), order.ends)
         return dx, None, None, None, gradient
 
 
@@ -135,8 +134,7 @@ class _Combined(torch.autograd.Function):
         d_gate_up, hidden, d_rows = products.swiglu_backward(gate, up, d_hidden, by_row(weights, order))
         d_gate_up = d_gate_up.unflatten(1, (2, -1))[:, :, :experts.down_proj.shape[2]].flatten(1)   # without `padded`
         gradient = weight_gradient(experts, experts.down_proj, products.group_gradients,
-                                   products.slope_columns(permute(tokens.values(), order), pow2=True), hidden,
-                                   order.ends)
+                                   products.dispatched_slope_columns(tokens, order), hidden, order.ends)
         return d_gate_up, d_rows[order.rows].to(weights.dtype), None, None, gradient
 
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import (Permutation, dequantize_blocks, fp8_gemm, fp8_grouped_gemm, fp8_grouped_wgrad, permute_tiles,
-                      quantize_blocks, quantize_both, quantize_columns, quantize_tiles, swiglu_quantize,
+from .kernels import (Permutation, dequantize_blocks, fp8_gemm, fp8_grouped_gemm, fp8_grouped_wgrad, permute_columns,
+                      permute_tiles, quantize_blocks, quantize_both, quantize_columns, quantize_tiles, swiglu_quantize,
                       swiglu_quantize_backward)
 from .kernels.fp8_gemm import dequantize_tiles
 from .kernels.quantize import LEAST, TINY
@@ -74,12 +74,8 @@ class Products:
         """`tiles` of a gradient, however small it is: of a mean, the smaller the more tokens."""
         return self.tiles(slope, pow2, TINY)
 
-    def slope_columns(self, slope: Tensor, pow2: bool = False) -> Operand:
-        """`columns` of a gradient."""
-        return self.columns(slope, pow2, TINY)
-
     def slopes(self, slope: Tensor, pow2: bool = False) -> tuple[Operand, Operand]:
-        """Both, from one read of the gradient."""
+        """`slope_tiles` and the gradient's columns, from one read of it."""
         codes, scales, *columns = quantize_both(padded(slope), pow2 or self.pow2, TINY)
         return Operand(codes, scales), Operand(*columns)
 
@@ -95,6 +91,14 @@ class Products:
     def dispatch(self, operand: Operand, order: Permutation) -> Operand:
         """The tiles of tokens on the rows of the experts that they chose: what travels is one byte a value."""
         return Operand(*permute_tiles(*operand, order))
+
+    def dispatched_columns(self, operand: Operand, order: Permutation) -> Operand:
+        """`columns` of what `dispatch` gives; scales are powers of two, and the operand's must be."""
+        return Operand(*permute_columns(*operand, order, True))
+
+    def dispatched_slope_columns(self, operand: Operand, order: Permutation) -> Operand:
+        """The same of gradients, however small they are."""
+        return Operand(*permute_columns(*operand, order, True, TINY))
 
     def weighted(self, operand: Operand, weights: Tensor) -> Operand:
         """Rows times `weights` [M]: the scales take the factor, and codes stay as they are."""

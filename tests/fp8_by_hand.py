@@ -5,7 +5,7 @@ from torch import Tensor
 
 from minidsv3 import fp8_attention, fp8_ffn
 from minidsv3.fp8_products import Operand, Products, WeightOperands, padded
-from minidsv3.kernels import swiglu
+from minidsv3.kernels import Permutation, permute, swiglu
 
 
 def fake(x: Tensor, rows: int, columns: int, pow2: bool = False) -> Tensor:
@@ -50,6 +50,11 @@ class Exact(Products):
 
     def slopes(self, slope: Tensor, pow2: bool = False) -> tuple[Operand, Operand]:
         return self.tiles(slope), self.columns(slope)
+
+    def dispatched_columns(self, operand: Operand, order: Permutation) -> Operand:
+        return self.columns(permute(operand.values(), order))
+
+    dispatched_slope_columns = dispatched_columns
 
     def weight(self, weight: Tensor) -> WeightOperands:
         return WeightOperands(Operand(padded(weight), None), Operand(padded(weight).mT.contiguous(), None))

@@ -15,7 +15,7 @@ from minidsv3.fp8 import FP8Linear, FP8Recipe, to_fp8
 from minidsv3.fp8_ablations import Ablated
 from minidsv3.fp8_linear import WeightCodes
 from minidsv3.fp8_products import Operand, Products, WeightOperands
-from minidsv3.kernels import Routing, quantize_blocks, use_kernels
+from minidsv3.kernels import Routing, permute_columns, quantize_blocks, use_kernels
 from minidsv3.kernels.quantize import LEAST
 from minidsv3.layers import Linear, RMSNorm
 from minidsv3.moe import Experts
@@ -273,7 +273,10 @@ def test_the_kernels_experts_are_too():
     (fp8_ffn, "ALIGN", 1),                                                               # experts share a 128 x 1 tile
     (fp8_ffn, "by_row", lambda weights, order: weights.flatten()[order.sources.clamp(min=0)].flip(0)),
     (Products, "weighted", lambda self, operand, weights: operand),
-    (Products, "slope_columns", lambda self, slope, pow2=False: self.columns(slope * 1.05, pow2))])
+    (Products, "dispatched_slope_columns", lambda self, operand, order: Operand(*permute_columns(
+        operand.codes, operand.scales * 1.05, order, True))),
+    (Products, "dispatched_columns", lambda self, operand, order: Operand(*permute_columns(
+        operand.codes.flip(0), operand.scales, order, True)))])
 def test_the_comparison_of_experts_sees_a_fault(monkeypatch, where, name, fault):
     monkeypatch.setattr(where, name, fault)
     with pytest.raises((AssertionError, RuntimeError)):
