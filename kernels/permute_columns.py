@@ -6,7 +6,7 @@ and wants 128 x 1 tiles of the sorted rows, transposed (report section 3.3.2; di
     quantize_columns(permute(codes * scales, permutation))
 
 In these three steps the values pass through memory in 16 bits and more, for all of a token's k experts. Here a program
-reads the codes that it needs, where the tokens have them: N width bytes are read and R width written.
+reads the codes that it needs where the tokens have them, and writes codes: one byte a value either way.
 
 The values are rounded to BF16 on the way, as those of `permute` are. With scales that are powers of two nothing is
 rounded: a code has four binary digits, BF16 eight.
@@ -64,7 +64,7 @@ def permute_columns(codes: Tensor, scales: Tensor, permutation: Permutation, pow
     return permute_columns_reference(codes, scales, permutation, pow2, least)
 
 
-WARPS = 4
+WARPS = 4       # each computes the scales of all columns anew, so few warps with many rows each
 
 
 @torch.library.custom_op("minidsv3::permute_columns", mutates_args=())
