@@ -56,6 +56,7 @@ class WeightCodes:
             return self.products.weight(weight)
         state = weight._version, weight.untyped_storage()._cdata        # the latter for `weight.data = other`
         if self._state != state:
+            self._operands = None       # the old codes make room for the new ones
             self._state, self._operands = state, self.products.weight(weight)
         return self._operands
 
