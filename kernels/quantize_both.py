@@ -38,7 +38,7 @@ def quantize_both(x: Tensor, pow2: bool = False, least: float = LEAST) -> tuple[
     return (_quantize_both if uses_triton(x) else quantize_both_reference)(x.detach(), pow2, least)
 
 
-WARPS = 16
+WARPS = 8
 
 
 @torch.library.custom_op("minidsv3::quantize_both", mutates_args=())
