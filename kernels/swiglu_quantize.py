@@ -136,7 +136,7 @@ def _check(gate: Tensor, up: Tensor, slope: Tensor, gate_scales: Tensor | None, 
 
 
 ROWS = 32                  # rows of 1 x 128 tiles that one program takes
-COLUMNS, WARPS = 64, 16     # columns of 128 x 1 tiles that one program takes backward, and its warps
+COLUMNS = 64               # columns of 128 x 1 tiles that one program takes backward
 
 
 @torch.library.custom_op("minidsv3::swiglu_quantize", mutates_args=())
@@ -157,10 +157,11 @@ def _swiglu_quantize_backward(gate: Tensor, up: Tensor, slope: Tensor, pow2: boo
     d_gate_up, codes, scales, parts = _empty_backward(gate, slope, weights)
     if gate.numel():
         grid = (len(scales), triton.cdiv(gate.shape[1], COLUMNS))
+        warps = 8 if gate.dtype == FP8 else 16      # a thread reads 32 bytes of codes or of 16-bit floats
         of_rows = (x if x is None else x.contiguous() for x in (gate_scales, up_scales, weights))
         _backward[grid](gate, up, slope, *of_rows, d_gate_up, parts, codes, scales,
                         *gate.stride(), *up.stride(), *slope.stride(), *gate.shape, LEAST, pow2, TILE, COLUMNS,
-                        rows_held(COLUMNS, WARPS, gate.element_size()), num_warps=WARPS)
+                        rows_held(COLUMNS, warps, gate.element_size()), num_warps=warps)
     return d_gate_up, codes, scales, parts.sum(0)
 
 
