@@ -1,4 +1,4 @@
-"""The probes tell every candidate adder from the others, the model is one of them, and the stored claims follow."""
+"""The probes tell every candidate adder from the others, and the model is the one that the GPU was found to be."""
 
 import itertools
 import json
@@ -10,6 +10,7 @@ from tensor_cores import CLAIMS, OUT, Adder, direction, errors, operands, power,
 
 from minidsv3.accumulate import accumulate
 
+STORED = json.loads(OUT.read_text())
 CUTS = ("towards zero", "downwards", "to nearest")
 CANDIDATES = [Adder(*choice) for choice in itertools.product((13, 14), (16, 32), (True, False), CUTS, (True, False))]
 
@@ -95,10 +96,29 @@ def test_every_claim_can_fail(adder, fails):
     assert {name for name, (_, holds) in CLAIMS.items() if not holds(found)} == fails
 
 
-@pytest.mark.skipif(not OUT.exists(), reason="results/tensor_cores.json comes from a GPU")
 def test_stored_claims_follow_from_stored_numbers():
-    stored = json.loads(OUT.read_text())
-    for claim in stored["claims"]:
+    for claim in STORED["claims"]:
         words, holds = CLAIMS[claim["id"]]
-        assert claim["claim"] == words and claim["holds"] == holds(stored)
-    assert [claim["id"] for claim in stored["claims"]] == list(CLAIMS)
+        assert claim["claim"] == words and claim["holds"] == holds(STORED)
+    assert [claim["id"] for claim in STORED["claims"]] == list(CLAIMS)
+
+
+# ---- the hardware ---------------------------------------------------------------------------------------------------
+
+def test_the_model_still_is_what_the_hardware_was():
+    """Its probes, and its errors of the very numbers that the GPU added: sums that differ would show in them."""
+    assert probe(model, "cpu") == STORED["probes"]
+    for kind, rows in STORED["errors"].items():
+        for row in rows[:4]:
+            ours = errors(model, kind, row["K"], "cpu")
+            assert row["tensor_core"] == row["model"] == ours["model"]
+            assert row["fp8_gemm"] == row["model_promoted"] == ours["model_promoted"]
+            assert row["equal_to_model"] == row["fp8_gemm_equal_to_model"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["uniform", "normal"])
+def test_the_hardware_adds_as_the_model_does(kind):
+    row = errors(tensor_cores.tensor_core, kind, 1024, "cuda")
+    assert row["equal_to_model"] == row["fp8_gemm_equal_to_model"] == 1
