@@ -25,7 +25,6 @@ from minidsv3.kernels.permute_columns import permute_columns, permute_columns_re
 from minidsv3.kernels.quantize import (dequantize_blocks, dequantize_blocks_reference, quantize_blocks,
                                        quantize_blocks_reference, quantize_columns, quantize_columns_reference,
                                        quantize_tiles, quantize_tiles_reference)
-from minidsv3.kernels.quantize_both import quantize_both, quantize_both_reference
 from minidsv3.kernels.rms_norm import rms_norm, rms_norm_reference
 from minidsv3.kernels.rope import rope, rope_reference
 from minidsv3.kernels.route import Routing, route, route_reference
@@ -40,10 +39,10 @@ __all__ = ["Permutation", "Routing", "contract", "cross_entropy", "cross_entropy
            "fp8_grouped_wgrad_reference", "grouped_gemm", "grouped_gemm_reference", "linear", "linear_cross_entropy",
            "linear_cross_entropy_reference", "mla_attention", "mla_attention_reference", "mla_decode",
            "mla_decode_reference", "permute", "permute_columns", "permute_columns_reference", "permute_reference",
-           "permute_tiles", "permute_tiles_reference", "quantize_blocks", "quantize_blocks_reference", "quantize_both",
-           "quantize_both_reference", "quantize_columns", "quantize_columns_reference", "quantize_e5m6",
-           "quantize_e5m6_reference", "quantize_tiles", "quantize_tiles_reference", "rms_norm", "rms_norm_reference",
-           "rope", "rope_reference", "route", "route_reference", "sort_by_expert", "sort_by_expert_reference", "swiglu",
-           "swiglu_quantize", "swiglu_quantize_backward", "swiglu_quantize_backward_reference",
-           "swiglu_quantize_reference", "swiglu_reference", "unpermute", "unpermute_reference", "use_kernels",
-           "uses_triton", "weighted_swiglu", "weighted_swiglu_reference"]
+           "permute_tiles", "permute_tiles_reference", "quantize_blocks", "quantize_blocks_reference",
+           "quantize_columns", "quantize_columns_reference", "quantize_e5m6", "quantize_e5m6_reference",
+           "quantize_tiles", "quantize_tiles_reference", "rms_norm", "rms_norm_reference", "rope", "rope_reference",
+           "route", "route_reference", "sort_by_expert", "sort_by_expert_reference", "swiglu", "swiglu_quantize",
+           "swiglu_quantize_backward", "swiglu_quantize_backward_reference", "swiglu_quantize_reference",
+           "swiglu_reference", "unpermute", "unpermute_reference", "use_kernels", "uses_triton", "weighted_swiglu",
+           "weighted_swiglu_reference"]

@@ -9,7 +9,7 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     route.OPERATION, permute.SORT, permute.PERMUTE, permute.PERMUTE_TILES, permute.UNPERMUTE, permute_columns.OPERATION,
     grouped_gemm.OPERATION, mla_attention.OPERATION, mla_decode.OPERATION,
     cross_entropy.OPERATION, cross_entropy.LINEAR,
-    quantize.TILES, quantize.COLUMNS, quantize.BOTH, quantize.BLOCKS, quantize.DEQUANTIZE,
+    quantize.TILES, quantize.COLUMNS, quantize.BLOCKS, quantize.DEQUANTIZE,
     e5m6.QUANTIZE, e5m6.DEQUANTIZE,
     swiglu_quantize.OPERATION, swiglu_quantize.BACKWARD,
     fp8_gemm.OPERATION, fp8_gemm.WGRAD, fp8_grouped_gemm.OPERATION, fp8_grouped_gemm.WGRAD)}

@@ -45,9 +45,6 @@ class Ablated(Products):
     def slope_columns(self, slope: Tensor, pow2: bool = False) -> Operand:
         return quantize_rows(padded(slope).T, self.gradient, self.tile, pow2 or self.pow2, TINY)
 
-    def slopes(self, slope: Tensor, pow2: bool = False) -> tuple[Operand, Operand]:
-        return self.slope_tiles(slope, pow2), self.slope_columns(slope, pow2)
-
     def dispatched_slope_columns(self, operand: Operand, order: Permutation) -> Operand:
         return self.slope_columns(permute(operand.values(), order), pow2=True)
 

@@ -6,7 +6,6 @@ from ..operation import Operation, compiled
 from ..quantize import (TINY, dequantize_blocks, dequantize_blocks_reference, quantize_blocks,
                         quantize_blocks_reference, quantize_columns, quantize_columns_reference, quantize_tiles,
                         quantize_tiles_reference)
-from ..quantize_both import quantize_both, quantize_both_reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 EXACT = dict.fromkeys(DTYPES, 0.0)
@@ -75,8 +74,6 @@ TILES = _quantiser("quantize_tiles", quantize_tiles, quantize_tiles_reference, M
                    _shapes((8192, 7168), (4096, 7168)))
 COLUMNS = _quantiser("quantize_columns", quantize_columns, quantize_columns_reference, MATRICES,
                      _shapes((8192, 7168), (4096, 7168)))
-BOTH = _quantiser("quantize_both", quantize_both, quantize_both_reference, MATRICES,
-                  _shapes((8192, 7168), (4096, 7168)))
 BLOCKS = _quantiser("quantize_blocks", quantize_blocks, quantize_blocks_reference, WEIGHTS,
                     _shapes((8192, 7168), (4096, 7168), (32, 2048, 7168)))
 DEQUANTIZE = Operation(

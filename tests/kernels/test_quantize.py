@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from compare import assert_alike
-from minidsv3.kernels import (dequantize_blocks, quantize_blocks, quantize_blocks_reference, quantize_both,
-                              quantize_both_reference, quantize_columns, quantize_columns_reference, quantize_tiles,
-                              quantize_tiles_reference, use_kernels)
+from minidsv3.kernels import (dequantize_blocks, quantize_blocks, quantize_blocks_reference, quantize_columns,
+                              quantize_columns_reference, quantize_tiles, quantize_tiles_reference, use_kernels)
 from minidsv3.kernels.backend import INTERPRETED, tl, triton
 from minidsv3.kernels.fp8_gemm import dequantize_tiles
 from minidsv3.kernels.quantize import LEAST, TINY, divided
@@ -233,22 +232,6 @@ def test_these_tests_see_a_wrong_kernel(right, wrong, tmp_path):
             assert_alike(list(mutant.quantize_tiles(x, pow2)), list(quantize_tiles_reference(x, pow2)), 0)
 
 
-# ---- both ways at once --------------------------------------------------------------------------------------------
-
-@interpreted
-@pytest.mark.parametrize("right, wrong", [
-    ("interleaved(tl.program_id(1), TILE, HELD)", "span(tl.program_id(1), TILE)"),
-    ("S, x, row, column, tl.program_id(0)", "S, x, row, column, 0 * tl.program_id(0)"),
-    ("S_T, x, tl.program_id(1)", "S_T, x, 0 * tl.program_id(1)")])
-def test_the_comparison_sees_a_wrong_order_of_rows_or_tiles(right, wrong, tmp_path):
-    x = torch.randn(300, 300).bfloat16()
-    with use_kernels("triton"):
-        assert_alike(list(quantize_both(x)), list(quantize_both_reference(x)), 0)
-        with pytest.raises(AssertionError):
-            assert_alike(list(mutated("quantize_both", right, wrong, tmp_path).quantize_both(x)),
-                         list(quantize_both_reference(x)), 0)
-
-
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call, sentence", [
@@ -258,7 +241,6 @@ def test_the_comparison_sees_a_wrong_order_of_rows_or_tiles(right, wrong, tmp_pa
     (lambda: quantize_tiles(torch.ones(2, 4).to(torch.float8_e4m3fn)), "got .* torch.float8_e4m3fn"),
     (lambda: quantize_tiles(torch.ones(2, 4, dtype=torch.int32)), "got .* torch.int32"),
     (lambda: quantize_tiles(torch.ones(2, 4), False, 0.0), "quantize_tiles got least 0.0; it must be at least 8.27"),
-    (lambda: quantize_both(torch.ones(2, 3, 4)), r"quantize_both got \[2, 3, 4\]"),
     (lambda: quantize_columns(torch.ones(2, 4), least=float("nan")), "quantize_columns got least nan"),
     (lambda: dequantize_blocks(torch.ones(2, 4), torch.ones(1, 1)), "codes .* torch.float32; they must be"),
     (lambda: dequantize_blocks(torch.ones(130, 4).to(torch.float8_e4m3fn), torch.ones(1, 1)), r"need \[2, 1\]"),
