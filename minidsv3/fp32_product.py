@@ -29,7 +29,7 @@ def logits(u: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(slope: Tensor, u: Tensor) -> Tensor:
-    """The gradient of weight from that of the logits, slope [N, experts] in at least FP32: [experts, d] in its dtype."""
+    """The gradient of weight from `slope` [N, experts], that of the logits: [experts, d] in at least FP32."""
     if splits(u, slope):
         return product(torch.cat(thirds(slope), 1).T, u).unflatten(0, (3, -1)).sum(0)
     return slope.T @ wide(u)
