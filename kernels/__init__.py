@@ -1,7 +1,8 @@
 """The operations that deserve a kernel, each in a file of its own beside its PyTorch definition.
 
-`name_reference` is the definition: the meaning, and what runs on a CPU. `name` is what the model calls; on a GPU it
-takes the Triton kernel between the two (`use_kernels` switches). This floor imports torch and, where there is one,
+`name_reference` is the definition, which says what the operation means. `name` is what the model calls: on a GPU it
+takes the Triton kernel between the two, elsewhere the definition or, in a few files, the same in fewer passes over
+memory (`use_kernels` switches). This floor imports torch and, where there is one,
 Triton; it is imported as `minidsv3.kernels`. `registry.OPERATIONS` lists all of them with inputs to try.
 """
 

@@ -35,7 +35,7 @@ class GraphedStep:
     nothing is gained.
 
     Raises ValueError if the model is not on a GPU. A model that asks the GPU for a value in its step, as one with
-    `fp8_ablations.py` does, cannot be recorded: CUDA refuses it with a RuntimeError.
+    gradients in E5M2 does (`fp8_ablations.py`), cannot be recorded: CUDA refuses it with a RuntimeError.
     """
 
     def __init__(self, model: Transformer, optimizer: AdamW, recipe: Recipe, precision: str = "fp32"):
