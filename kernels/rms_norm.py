@@ -34,6 +34,7 @@ class _Definition(torch.autograd.Function):
         return (y * r * wide(weight)).to(x.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable        # r is kept as a number, not as a function of x
     def backward(ctx, slope: Tensor) -> tuple:
         x, weight, r = ctx.saved_tensors
         n, slope = wide(x) * r, wide(slope)

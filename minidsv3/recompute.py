@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import fp32_product
-from .kernels import rms_norm, uses_triton
+from .kernels import rms_norm
 from .layers import RMSNorm
 from .moe import Router
 
@@ -38,29 +38,10 @@ class Normed(NamedTuple):
 
 
 class RecomputedNorm(RMSNorm):
-    """RMSNorm that returns a `Normed` and keeps its input alone."""
+    """RMSNorm that returns a `Normed`. It keeps its input, and 1 / rms of each row."""
 
     def forward(self, x: Tensor) -> Normed:
-        # The kernel's gradient needs the input and one number a row; the definition's, by autograd, several copies.
-        lean = rms_norm if uses_triton(x, self.weight) else _Norm.apply
-        return Normed(lean(x, self.weight, self.eps), x.detach(), self.weight.detach(), self.eps)
-
-
-class _Norm(torch.autograd.Function):
-    """`rms_norm` of x and gain; the gradient comes from running it again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        ctx.eps = eps
-        return rms_norm(x, gain, eps)
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple:
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            y = rms_norm(*inputs, ctx.eps)
-        return *torch.autograd.grad(y, inputs, slope), None
+        return Normed(super().forward(x), x.detach(), self.weight.detach(), self.eps)
 
 
 class RecomputedRouter(Router):
