@@ -78,9 +78,9 @@ class Products:
         """`columns` of a gradient."""
         return self.columns(slope, pow2, TINY)
 
-    def slopes(self, slope: Tensor, pow2: bool = False) -> tuple[Operand, Operand]:
+    def slopes(self, slope: Tensor) -> tuple[Operand, Operand]:
         """Both. One kernel that read a gradient once was no faster on an H200 than the two: 90 us against 93."""
-        return self.slope_tiles(slope, pow2), self.slope_columns(slope, pow2)
+        return self.slope_tiles(slope), self.slope_columns(slope)
 
     def weight(self, weight: Tensor) -> WeightOperands:
         """weight [.., N, K] quantised once for both, since a block is square."""

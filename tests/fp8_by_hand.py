@@ -48,7 +48,7 @@ class Exact(Products):
     def columns(self, x: Tensor, pow2: bool = False, least: float = 0.0) -> Operand:
         return self.tiles(padded(x).T.contiguous())
 
-    def slopes(self, slope: Tensor, pow2: bool = False) -> tuple[Operand, Operand]:
+    def slopes(self, slope: Tensor) -> tuple[Operand, Operand]:
         return self.tiles(slope), self.columns(slope)
 
     def dispatched_columns(self, operand: Operand, order: Permutation) -> Operand:
