@@ -23,30 +23,30 @@ from .kernels.precision import wide
 
 def logits(u: Tensor, weight: Tensor) -> Tensor:
     """u [N, d] times weight [experts, d]: [N, experts] in at least FP32."""
-    if splits(u, weight):
+    if splits(u.dtype, weight):
         return product(u, torch.cat(thirds(weight)).T).unflatten(1, (3, -1)).sum(1)
     return wide(u) @ wide(weight).T
 
 
 def weight_gradient(slope: Tensor, u: Tensor) -> Tensor:
     """The gradient of weight from `slope` [N, experts], that of the logits: [experts, d] in at least FP32."""
-    if splits(u, slope):
+    if splits(u.dtype, slope):
         return product(torch.cat(thirds(slope), 1).T, u).unflatten(0, (3, -1)).sum(0)
     return slope.T @ wide(u)
 
 
 def input_gradient(slope: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of u, [N, d] in `dtype`: one long sum over all pairs of thirds, i + j <= 4."""
-    if splits(slope.new_empty(0, dtype=dtype), slope, weight):
+    if splits(dtype, slope, weight):
         s, w = thirds(slope), thirds(weight)
         pairs = [(i, j) for i in range(3) for j in range(3 - i)]
         return product(torch.cat([s[i] for i, _ in pairs], 1), torch.cat([w[j] for _, j in pairs]), dtype)
     return (slope @ wide(weight)).to(dtype)
 
 
-def splits(u: Tensor, *others: Tensor) -> bool:
-    """Whether u is in BF16 and the others in FP32, on a GPU."""
-    return u.is_cuda and u.dtype == torch.bfloat16 and all(x.dtype == torch.float32 for x in others)
+def splits(dtype: torch.dtype, *others: Tensor) -> bool:
+    """Whether u, or its gradient, is in BF16 and the others in FP32, on a GPU."""
+    return dtype == torch.bfloat16 and all(x.is_cuda and x.dtype == torch.float32 for x in others)
 
 
 def thirds(x: Tensor) -> list[Tensor]:
