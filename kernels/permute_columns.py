@@ -9,7 +9,8 @@ In these three steps the values pass through memory in 16 bits and more, for all
 reads the codes that it needs where the tokens have them, and writes codes: one byte a value either way.
 
 The values are rounded to BF16 on the way, as those of `permute` are. With scales that are powers of two nothing is
-rounded: a code has four binary digits, BF16 eight.
+rounded: a code has four binary digits, BF16 eight. (Below 2^-124 BF16 has fewer; there `least` makes every code zero.)
+So a program rounds only if it meets another scale.
 """
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from .backend import tl, triton, uses_triton
 from .fp8_gemm import dequantize_tiles, has_tiles
 from .permute import Permutation, permute_reference
-from .quantize import FP8, LEAST, TILE, TINY, interleaved, quantize_columns_reference, rows_held, store_columns
-from .tiles import load_tile, span
+from .quantize import (FP8, LEAST, TILE, TINY, divided, interleaved, quantize_columns_reference, rows_held,
+                       side_by_side, tile_scale)
+from .tiles import load_tile, span, store_tile
 
 
 def permute_columns_reference(codes: Tensor, scales: Tensor, permutation: Permutation, pow2: bool = False,
@@ -40,7 +42,32 @@ def _permute_columns(Q, S, SOURCES, Q_T, S_T, tokens, rows, width, least,
     token = tl.where(source < 0, tokens, source // K).to(tl.int64)      # padding: behind the last token, read as zeros
     scale = tl.load(S + tile * tokens + token, mask=token < tokens, other=0.0)
     x = load_tile(Q, width, 1, token, column, tokens, width) * scale[:, None]
-    store_columns(Q_T, S_T, x.to(tl.bfloat16), row_tile, column, rows, width, least, POW2, TILE, TILE, HELD)
+    if tl.max(scale.to(tl.int32, bitcast=True) & 0x7FFFFF, 0) > 0:      # a scale that is no power of two
+        x = x.to(tl.bfloat16).to(tl.float32)
+    x = side_by_side(x.reshape(HELD, TILE // HELD, TILE).permute(2, 1, 0))      # [column, tile / HELD, HELD]
+    scale = tile_scale(largest(x)[:, None], least, 1, POW2)
+    codes = quotient(x, scale[:, None, None], POW2).to(tl.float8e4nv).reshape(TILE, TILE)
+    store_tile(Q_T, codes, column, span(row_tile, TILE), width, rows)
+    tl.store(S_T + row_tile * width + column, scale, mask=column < width)
+
+
+@triton.jit
+def largest(x):
+    """The largest magnitude of each column of x [column, .., even], NaN before all others. One instruction takes the
+    larger of two magnitudes; those, which have no sign, are compared as integers."""
+    left, right = tl.split(tl.abs(x).reshape(x.shape[0], x.shape[1] * x.shape[2] // 2, 2))
+    larger = tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+    return tl.max(larger.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quotient(x, scale, POW2: tl.constexpr):
+    """x / scale to the last bit that a code depends on. The inverse of a power of two is one too: 127 less its exponent
+    stands in place of 127 more, and x times that is exact."""
+    if POW2:
+        inverse = ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        return x * tl.where(scale == scale, inverse, scale)
+    return divided(x, scale, 1 / scale)
 
 
 def permute_columns(codes: Tensor, scales: Tensor, permutation: Permutation, pow2: bool = False,

@@ -69,8 +69,12 @@ def test_codes_and_scales_may_be_part_of_larger_ones(kernels):
     ("300 x 272, aligned", "S + tile * tokens", "S"),
     ("one choice", "mask=row < rows, other=-1", "mask=row < rows, other=0"),
     ("scales of any size", "x.to(tl.bfloat16)", "x"),
-    ("odd", "width, least, POW2", "width, 1e-4, POW2"),
-], ids=range(7))
+    ("scales of any size", "& 0x7FFFFF, 0) > 0", "& 0x7FFFFF, 0) > 0x7FFFFF"),
+    ("scales of any size", "divided(x, scale, 1 / scale)", "divided(x, scale, 1.001 / scale) * 1.01"),
+    ("300 x 272, aligned", "(254 << 23)", "(253 << 23)"),
+    ("odd", "tl.where(scale == scale, inverse, scale)", "tl.where(scale == scale, inverse, 1.0)"),
+    ("odd", "[:, None], least", "[:, None], 1e-4"),
+], ids=range(11))
 def test_the_comparison_sees_a_wrong_kernel(case, right, wrong, tmp_path):
     mutant = mutated("permute_columns", right, wrong, tmp_path).permute_columns
     *inputs, pow2, least, rows, sources, ends = OPERATION.cases[case](torch.float32)
