@@ -25,6 +25,7 @@ from .backend import tl, triton, uses_triton
 from .precision import wide
 
 _BLOCK = 128     # choices that one program of the counting sort takes
+_SHARE = 8       # rows among which one program that moves a token clears those of padding
 
 
 class Permutation(NamedTuple):
@@ -116,22 +117,28 @@ def _place(EXPERTS, STARTS, ROWS, SOURCES, choices, BINS: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _to_rows(X, ROWS, WEIGHTS, OUT, Y, DW, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+def _to_rows(X, ROWS, SOURCES, WEIGHTS, OUT, Y, DW, tokens, rows,
+             D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SHARE: tl.constexpr):
     """Writes a token, times its weights if there are any, to the rows of its choices; with weights, also the token's
-    products with the rows Y."""
+    products with the rows Y. Whatever its token, a program also clears the padding among SHARE rows."""
     token, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = column < D
+    inside = (column < D) & (token < tokens)
     x = tl.load(X + token * D + column, mask=inside, other=0.0)
     for j in tl.static_range(K):
-        row = tl.load(ROWS + token * K + j).to(tl.int64) * D + column
+        row = tl.load(ROWS + token * K + j, mask=token < tokens, other=0).to(tl.int64) * D + column
         if WEIGHTS is None:
             tl.store(OUT + row, x, mask=inside)
         else:
             slope = x.to(tl.float32)
             y = tl.load(Y + row, mask=inside, other=0.0).to(tl.float32)
-            tl.store(DW + token * K + j, tl.sum(slope * y))
-            weighted = tl.load(WEIGHTS + token * K + j).to(tl.float32) * slope
+            tl.store(DW + token * K + j, tl.sum(slope * y), mask=token < tokens)
+            weighted = tl.load(WEIGHTS + token * K + j, mask=token < tokens, other=0.0).to(tl.float32) * slope
             tl.store(OUT + row, weighted.to(OUT.dtype.element_ty), mask=inside)
+    if SHARE:
+        row = token * SHARE + tl.arange(0, SHARE)
+        padding = tl.load(SOURCES + row, mask=row < rows, other=0) < 0
+        tl.store(OUT + row[:, None] * D + column[None, :], tl.zeros((SHARE, BLOCK), OUT.dtype.element_ty),
+                 mask=padding[:, None] & (column < D)[None, :])
 
 
 @triton.jit
@@ -145,14 +152,6 @@ def _from_rows(Y, ROWS, WEIGHTS, OUT, D: tl.constexpr, K: tl.constexpr, BLOCK: t
         y = tl.load(Y + row * D + column, mask=inside, other=0.0).to(tl.float32)
         total += y if WEIGHTS is None else tl.load(WEIGHTS + token * K + j).to(tl.float32) * y
     tl.store(OUT + token * D + column, total.to(OUT.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _clear_padding(SOURCES, OUT, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros in the rows that hold no choice."""
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    if tl.load(SOURCES + row) < 0:
-        tl.store(OUT + row * D + column, tl.zeros((BLOCK,), OUT.dtype.element_ty), mask=column < D)
 
 
 @triton.jit
@@ -284,11 +283,17 @@ def _spread(x: Tensor, rows: Tensor, sources: Tensor, y: Tensor | None = None,
     x, width = x.contiguous(), x.shape[1]
     out = torch.empty(len(sources), width, dtype=x.dtype, device=x.device)
     products = None if weights is None else torch.empty(weights.shape, dtype=weights.dtype, device=x.device)
+    share = _SHARE if _padded(rows, sources) else 0
+    programs = max(len(rows), triton.cdiv(len(sources), share)) if share else len(rows)
     if x.numel():
-        _to_rows[(len(rows),)](x, rows, weights, out, y, products, width, rows.shape[1], **_whole(width))
-    if len(sources) > rows.numel() and width:
-        _clear_padding[(len(sources),)](sources, out, width, **_whole(width))
+        _to_rows[(programs,)](x, rows, sources, weights, out, y, products, len(rows), len(sources), width,
+                              rows.shape[1], SHARE=share, **_whole(width))
     return out, products
+
+
+def _padded(rows: Tensor, sources: Tensor) -> bool:
+    """Whether there may be rows that hold no choice."""
+    return len(sources) > rows.numel()
 
 
 def _whole(width: int) -> dict:

@@ -8,7 +8,7 @@ import torch
 from compare import assert_alike
 from minidsv3.kernels import (Permutation, permute, permute_tiles, permute_tiles_reference, quantize_tiles,
                               sort_by_expert, sort_by_expert_reference, unpermute, unpermute_reference, use_kernels)
-from minidsv3.kernels.backend import INTERPRETED, triton
+from minidsv3.kernels.backend import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 FILE = importlib.import_module("minidsv3.kernels.permute")
@@ -132,13 +132,8 @@ def test_refuses(call, sentence):
         call(places)
 
 
-@triton.jit
-def _clears_nothing(SOURCES, OUT, D, BLOCK):
-    pass
-
-
 @pytest.mark.parametrize("name, wrong, test", [
-    ("_clear_padding", _clears_nothing, test_padding_goes_nowhere),
+    ("_padded", lambda rows, sources: False, test_padding_goes_nowhere),
     ("_capacity", lambda experts, load, align: experts.numel() + len(load) * align, test_by_hand),
 ], ids=["padding left as it was", "more rows than needed"])
 def test_comparisons_see_a_wrong_kernel(monkeypatch, name, wrong, test):
