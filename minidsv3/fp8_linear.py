@@ -70,7 +70,7 @@ register_optimizer_step_post_hook(count_step)
 
 
 def linears(x: Tensor | Normed, *matrices: FP8Linear) -> tuple[Tensor, ...]:
-    """Several matrices behind one input, which is quantised once for all."""
+    """Several matrices behind one input, which is quantised once for all: x [.., in] -> [.., out] of each, in BF16."""
     value, normed = (x.value, x) if isinstance(x, Normed) else (x, None)
     if torch.is_grad_enabled():
         return _Linears.apply(value, normed, matrices, *(matrix.weight for matrix in matrices))
@@ -86,6 +86,7 @@ def fprop(x: Tensor, matrices: tuple[FP8Linear, ...]) -> tuple[Tensor, ...]:
 
 
 class _Linears(torch.autograd.Function):
+    """`fprop` with its two gradients; of x waits what `remembered` says."""
 
     @staticmethod
     def forward(ctx, x: Tensor, normed: Normed | None, matrices: tuple[FP8Linear, ...], *weights: Tensor) -> tuple:
