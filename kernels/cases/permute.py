@@ -59,7 +59,8 @@ PERMUTE = Operation(
     "permute", lambda x, *places: permute(x, Permutation(*places)),
     lambda x, *places: permute_reference(x, Permutation(*places)),
     cases={"7 x 24": _tokens(24, 7, 5, 2), "33 x 40, aligned": _tokens(40, 33, 6, 4, align=16),
-           "one token": _tokens(16, 1, 8, 3), "no token": _tokens(16, 0, 8, 3), "wide": _tokens(1100, 2, 4, 2)},
+           "one token": _tokens(16, 1, 8, 3), "no token": _tokens(16, 0, 8, 3),
+           "mostly padding": _tokens(24, 2, 8, 3, align=16), "wide": _tokens(1100, 2, 4, 2)},
     shapes={"8192 x 8 x 7168": lambda: _tokens(7168, *FULL)(torch.bfloat16),
             "16384 x 8 x 1024": lambda: _tokens(1024, *MINI)(torch.bfloat16)},
     peers={"index_select": lambda x, rows, sources, ends: x.index_select(0, sources // rows.shape[1])},
@@ -70,14 +71,15 @@ PERMUTE_TILES = Operation(
     lambda codes, scales, *places: permute_tiles_reference(codes, scales, Permutation(*places)),
     dtypes=(torch.float32,),
     cases={"7 x 200": _tiles(200, 7, 5, 2), "33 x 128, aligned": _tiles(128, 33, 6, 4, align=16),
-           "no token": _tiles(128, 0, 8, 3)},
+           "mostly padding": _tiles(128, 2, 8, 3, align=16), "no token": _tiles(128, 0, 8, 3)},
     shapes={"8192 x 8 x 7168, aligned": lambda: _tiles(7168, *FULL, align=128)(torch.bfloat16)})
 
 UNPERMUTE = Operation(
     "unpermute", lambda rows, weights, *places: unpermute(rows, Permutation(*places), weights),
     lambda rows, weights, *places: unpermute_reference(rows, Permutation(*places), weights),
     cases={"7 x 24": _rows(24, 7, 5, 2), "33 x 40, aligned": _rows(40, 33, 6, 4, align=16),
-           "one token": _rows(16, 1, 8, 3), "no token": _rows(16, 0, 8, 3), "wide": _rows(1100, 2, 4, 2)},
+           "one token": _rows(16, 1, 8, 3), "no token": _rows(16, 0, 8, 3),
+           "mostly padding": _rows(24, 2, 8, 3, align=16), "wide": _rows(1100, 2, 4, 2)},
     shapes={"8192 x 8 x 7168": lambda: _rows(7168, *FULL)(torch.bfloat16),
             "16384 x 8 x 1024": lambda: _rows(1024, *MINI)(torch.bfloat16)},
     peers={"compiled definition": compiled(
