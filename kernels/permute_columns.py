@@ -43,6 +43,7 @@ def _permute_columns(Q, S, SOURCES, Q_T, S_T, tokens, rows, width, least,
     scale = tl.load(S + tile * tokens + token, mask=token < tokens, other=0.0)
     x = load_tile(Q, width, 1, token, column, tokens, width) * scale[:, None]
     if tl.max(scale.to(tl.int32, bitcast=True) & 0x7FFFFF, 0) > 0:      # a scale that is no power of two
+        tl.debug_barrier()                                              # or all would be rounded, and some chosen after
         x = x.to(tl.bfloat16).to(tl.float32)
     x = side_by_side(x.reshape(HELD, TILE // HELD, TILE).permute(2, 1, 0))      # [column, tile / HELD, HELD]
     scale = tile_scale(largest(x)[:, None], least, 1, POW2)
