@@ -90,7 +90,8 @@ def test_claims_hold_of_the_model():
 @pytest.mark.parametrize("adder, fails", [
     (Adder(bits=13), {"bits", "bit for bit", "error"}), (Adder(step=16), {"step", "bit for bit"}),
     (Adder(aligns_sum=False), {"sum so far", "bit for bit", "error"}), (Adder(normalised=True), {"bit for bit"}),
-    (Adder(cut="downwards"), {"cut"}), (Adder(cut="to nearest"), {"cut", "bit for bit", "error"})], ids=str)
+    (Adder(cut="downwards"), {"cut"}), (Adder(cut="to nearest"), {"cut", "bit for bit", "error"})],
+    ids=["13 bits", "steps of 16", "the sum apart", "normalised", "downwards", "to nearest"])
 def test_every_claim_can_fail(adder, fails):
     found = found_by(adder)
     assert {name for name, (_, holds) in CLAIMS.items() if not holds(found)} == fails
