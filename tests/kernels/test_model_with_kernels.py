@@ -16,6 +16,8 @@ EXPECTED = {"rms_norm", "rms_norm_backward", "route", "route_backward", "swiglu"
 if has_grouped_mm(torch.empty(0, device=DEVICE)):    # not in FP32 on a GPU: the loop moves tokens there
     EXPECTED |= {"sort_by_expert", "permute", "unpermute", "weighted_swiglu", "weighted_swiglu_backward"}
 
+BEHIND = {"permute", "unpermute"}      # operators in which the definition runs on a CPU
+
 
 def logits_loss_and_gradients(kernels: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], set[str]]:
     """Of one small model and batch, and which of our operators ran."""
@@ -31,8 +33,8 @@ def logits_loss_and_gradients(kernels: str) -> tuple[torch.Tensor, dict[str, tor
 
 def test_logits_loss_and_gradients_agree():
     logits, gradients, operators = logits_loss_and_gradients("triton")
-    wanted_logits, wanted, none = logits_loss_and_gradients("torch")
-    assert not none
+    wanted_logits, wanted, others = logits_loss_and_gradients("torch")
+    assert others <= BEHIND
     assert EXPECTED <= operators
     assert (logits - wanted_logits).abs().max() <= 2e-5 * wanted_logits.abs().max()
     for name, gradient in gradients.items():
@@ -52,6 +54,6 @@ def test_decoding_reads_the_cache_through_the_kernel():
             out = model(new, cache)
         return out, {call[0].name().split("::")[1] for call in seen.calls}
 
-    (ours, operators), (wanted, none) = logits("triton"), logits("torch")
-    assert "mla_decode" in operators and not none
+    (ours, operators), (wanted, others) = logits("triton"), logits("torch")
+    assert "mla_decode" in operators and others <= BEHIND
     assert (ours - wanted).abs().max() <= 2e-5 * wanted.abs().max()
